@@ -1,0 +1,198 @@
+"""``attend``: the one way into attention."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mobazoo.attention.auto import choose
+from mobazoo.attention.backends import BACKENDS
+from mobazoo.attention.blocks import centroids
+from mobazoo.attention.pattern import Full, MoBA, Pattern
+from mobazoo.attention.problem import Problem
+from mobazoo.attention.routing import Routes, route
+from mobazoo.attention.segments import Segments
+from mobazoo.errors import InputError, UnsupportedError
+
+log = logging.getLogger("mobazoo.attention")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: Pattern = Full(),  # noqa: B008  (frozen, so sharing it is safe)
+    backend: str = "auto",
+    segments: Segments | None = None,
+    routes: Routes | None = None,
+    q_start: int | Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of ``q`` over ``k`` and ``v``, full or by blocks (arXiv 2502.13189, section 2).
+
+    Args:
+        q: ``[B, Hq, T, D]`` queries at row slots ``q_start .. q_start + T - 1``, after RoPE.
+        k: ``[B, Hkv, S, D]`` keys; ``Hq`` is a multiple of ``Hkv`` and heads of a group share a key head.
+        v: ``[B, Hkv, S, D]`` values.
+        pattern: what to compute, ``Full()`` or ``MoBA(block_size, top_k)``.
+        backend: which code computes it: ``auto``, or a name that never falls back to another.
+        segments: documents packed in the ``S`` slots (None: every row is one document).
+        routes: which blocks each query reads (None: ``route(q, centroids(k, ...), ...)``). MoBA only.
+        q_start: slot of the first query, an int or a 0-dim integer tensor, the same for all rows (None: ``S - T``).
+        scale: of the scores before softmax (None: ``D ** -0.5``).
+
+    Returns:
+        ``[B, Hq, T, D]`` in the dtype of ``q``; rows of padding are zeros.
+
+    Raises:
+        InputError: shapes, dtypes or values that do not fit together.
+        UnsupportedError: a named backend that cannot do this, with the reason and what can.
+
+    Example:
+        >>> q = torch.randn(1, 4, 96, 32)
+        >>> k, v = torch.randn(2, 1, 2, 96, 32)
+        >>> attend(q, k, v, pattern=MoBA(block_size=16, top_k=3)).shape
+        torch.Size([1, 4, 96, 32])
+    """
+    _check(q, k, v)
+    segments = _segments_for(k, segments)
+    first = _first_slot(q, k, q_start)
+    _check_routes(q, pattern, routes)
+    if routes is None and isinstance(pattern, MoBA):
+        pattern = _without_waste(pattern, segments)
+    problem = Problem(
+        pattern=pattern,
+        device=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        queries=q.shape[2],
+        slots=k.shape[2],
+        whole=segments.whole,
+    )
+    run = BACKENDS[_named(backend, problem)].run
+    if 0 in q.shape:
+        return torch.zeros_like(q)
+    if isinstance(pattern, MoBA) and routes is None:
+        known = centroids(k.detach(), pattern.block_size, segments)
+        routes = route(q.detach(), known, pattern, segments, first)
+    out: Tensor = run(
+        q,
+        k,
+        v,
+        segments=segments,
+        routes=routes,
+        q_start=first,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+    )
+    return out
+
+
+def _without_waste(pattern: MoBA, segments: Segments) -> Pattern:
+    """The same computation without blocks that cannot exist: full attention where every document is read whole."""
+    if pattern.covers(segments.max_len):
+        return Full()
+    return MoBA(pattern.block_size, min(pattern.top_k, segments.length // pattern.block_size + 1))
+
+
+def _named(backend: str, problem: Problem) -> str:
+    """The backend to use: ``auto`` chooses, a name is taken or refused."""
+    if backend == "auto":
+        name, why = choose(problem)
+        if not torch.compiler.is_compiling():
+            _log_once(
+                f"backend auto: {name} for {problem.pattern} on {problem.device} {problem.dtype}: {why}"
+            )
+        return name
+    if backend not in BACKENDS:
+        raise InputError(f"attend: unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    reason = BACKENDS[backend].unsupported(problem)
+    if reason is not None:
+        others = [name for name, other in BACKENDS.items() if other.unsupported(problem) is None]
+        raise UnsupportedError(
+            f"attend: backend {backend!r} cannot do this: {reason} (these can: {', '.join(others)})"
+        )
+    return backend
+
+
+@cache
+def _log_once(message: str) -> None:
+    log.info(message)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if (
+        q.dim() != 4
+        or k.dim() != 4
+        or k.shape != v.shape
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+    ):
+        raise InputError(
+            "attend: want q [B, Hq, T, D] and k, v [B, Hkv, S, D], "
+            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise InputError(
+            f"attend: query heads must be a multiple of key heads, got Hq={q.shape[1]}, Hkv={k.shape[1]}"
+        )
+    if q.shape[2] > k.shape[2]:
+        raise InputError(
+            f"attend: T={q.shape[2]} queries but only S={k.shape[2]} keys; k and v must hold the queries' own tokens too"
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise InputError(f"attend: q, k, v must share a floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise InputError(f"attend: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+
+
+def _segments_for(k: Tensor, segments: Segments | None) -> Segments:
+    if segments is None:
+        return Segments.single(k.shape[0], k.shape[2], k.device)
+    if (segments.batch, segments.length) != (k.shape[0], k.shape[2]):
+        raise InputError(
+            f"attend: segments are for [B={segments.batch}, S={segments.length}], "
+            f"k has B={k.shape[0]}, S={k.shape[2]}; build them for the keys"
+        )
+    if segments.doc.device != k.device:
+        raise InputError(
+            f"attend: segments are on {segments.doc.device}, k on {k.device}; use segments.to({k.device})"
+        )
+    return segments
+
+
+def _first_slot(q: Tensor, k: Tensor, q_start: int | Tensor | None) -> int | Tensor:
+    last = k.shape[2] - q.shape[2]
+    if q_start is None:
+        return last
+    if isinstance(q_start, Tensor):
+        if q_start.dim() or q_start.is_floating_point():
+            raise InputError(
+                f"attend: q_start must be an int or a 0-dim integer tensor, got {list(q_start.shape)} {q_start.dtype}"
+            )
+        if q_start.device.type != "cpu" or torch.compiler.is_compiling():
+            return q_start  # its value is the device's business
+        q_start = int(q_start)
+    if not 0 <= q_start <= last:
+        raise InputError(f"attend: q_start must be in 0 .. S - T = {last}, got {q_start}")
+    return q_start
+
+
+def _check_routes(q: Tensor, pattern: Pattern, routes: Routes | None) -> None:
+    if not isinstance(pattern, Full | MoBA):
+        raise InputError(f"attend: pattern must be Full() or MoBA(block_size, top_k), got {pattern!r}")
+    if routes is None:
+        return
+    if isinstance(pattern, Full):
+        raise InputError(
+            "attend: routes were given but the pattern is Full(); pass the MoBA they were made for"
+        )
+    if routes.block_size != pattern.block_size or routes.index.shape[:3] != q.shape[:3]:
+        raise InputError(
+            f"attend: routes have block_size={routes.block_size} and index {list(routes.index.shape)}, "
+            f"want block_size={pattern.block_size} and [B, Hq, T, top_k - 1] with [B, Hq, T] = {list(q.shape[:3])}"
+        )

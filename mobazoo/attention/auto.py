@@ -1,0 +1,24 @@
+"""Which backend ``auto`` takes: one table, first row that applies. Numbers behind it: docs/benchmarks/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mobazoo.attention.backends import BACKENDS
+from mobazoo.attention.problem import Problem
+
+_TABLE: tuple[tuple[str, Callable[[Problem], bool], str], ...] = (
+    ("sdpa", lambda p: not p.moba and p.whole and (p.prefill or p.queries == 1), "dense, no mask needed"),
+    ("flash", lambda p: True, "reads chosen blocks only, no mask in memory"),
+    ("flex", lambda p: p.device == "cuda", "no flash kernel for this dtype or head dim"),
+    ("sdpa", lambda p: True, "dense, masks built by chunks of queries"),
+    ("reference", lambda p: True, "nothing faster runs here; memory grows as T x S"),
+)
+
+
+def choose(problem: Problem) -> tuple[str, str]:
+    """The backend for a problem, and why."""
+    for name, applies, why in _TABLE:
+        if applies(problem) and BACKENDS[name].unsupported(problem) is None:
+            return name, why
+    raise AssertionError("the reference backend supports everything")

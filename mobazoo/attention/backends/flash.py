@@ -1,0 +1,122 @@
+"""Full and block attention by flash kernels: an own-block pass and a routed pass, merged by log-sum-exp.
+
+One opaque operator each way, so that a fullgraph model may use it; which kernel provider runs is chosen by device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from mobazoo.attention.kernels import cpu
+from mobazoo.attention.problem import Problem
+from mobazoo.attention.routing import Routes
+from mobazoo.attention.segments import Segments
+
+
+def unsupported(problem: Problem) -> str | None:
+    """A CPU in any floating dtype; CUDA in float16 and bfloat16 with head dims up to 256."""
+    if problem.device == "cpu":
+        return None
+    return f"flash has no kernel for {problem.device}"
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segments: Segments,
+    routes: Routes | None,
+    q_start: int | Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention over ``routes`` (None: the whole document); see ``attend`` for shapes."""
+    out, _ = torch.ops.mobazoo.flash(
+        q,
+        k,
+        v,
+        routes.index if routes else None,
+        routes.start if routes else None,
+        segments.doc,
+        segments.pos,
+        0 if isinstance(q_start, Tensor) else q_start,
+        q_start if isinstance(q_start, Tensor) else None,
+        routes.block_size if routes else 0,
+        scale,
+    )
+    result: Tensor = out
+    return result
+
+
+@torch.library.custom_op("mobazoo::flash", mutates_args=())
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor | None,
+    start: Tensor | None,
+    doc: Tensor,
+    pos: Tensor,
+    q_start: int,
+    q_start_tensor: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    first = q_start if q_start_tensor is None else int(q_start_tensor)
+    return cpu.forward(q, k, v, index, start, doc, pos, first, block_size, scale)
+
+
+@_flash.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _rows_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("mobazoo::flash_backward", mutates_args=())
+def _flash_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    index: Tensor | None,
+    start: Tensor | None,
+    doc: Tensor,
+    pos: Tensor,
+    q_start: int,
+    q_start_tensor: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    first = q_start if q_start_tensor is None else int(q_start_tensor)
+    return cpu.backward(dout, q, k, v, out, lse, index, start, doc, pos, first, block_size, scale)
+
+
+@_flash_backward.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _rows_like(q), _rows_like(k), _rows_like(v)
+
+
+def _rows_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, index, start, doc, pos, q_start, q_start_tensor, block_size, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, index, start, doc, pos, q_start_tensor)
+    ctx.ints = (q_start, block_size)
+    ctx.scale = scale
+
+
+def _gradient(ctx: FunctionCtx, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, index, start, doc, pos, q_start_tensor = ctx.saved_tensors
+    q_start, block_size = ctx.ints
+    dq, dk, dv = torch.ops.mobazoo.flash_backward(
+        dout, q, k, v, out, lse, index, start, doc, pos, q_start, q_start_tensor, block_size, ctx.scale
+    )
+    return dq, dk, dv, *[None] * 8
+
+
+torch.library.register_autograd("mobazoo::flash", _gradient, setup_context=_setup)

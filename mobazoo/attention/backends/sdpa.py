@@ -1,0 +1,78 @@
+"""Full attention by ``torch.nn.functional.scaled_dot_product_attention``, without repeating keys or a T x S mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from mobazoo.attention.pattern import MoBA
+from mobazoo.attention.problem import Problem
+from mobazoo.attention.routing import Routes, query_slots
+from mobazoo.attention.segments import Segments
+
+# The mask of a chunk of queries, in entries; SDPA widens each to the query's dtype.
+_MASK_ENTRIES = 16 << 20
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Full attention on any device; it has no way to skip blocks."""
+    if isinstance(problem.pattern, MoBA):
+        return "sdpa computes full attention only; use flash, flex or reference for MoBA"
+    return None
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segments: Segments,
+    routes: Routes | None,
+    q_start: int | Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention inside documents; see ``attend`` for shapes."""
+    length, slots = q.shape[2], k.shape[2]
+    if segments.whole and length == slots:
+        return _by_head_of_group(q, k, v, scale)
+    step = max(1, _MASK_ENTRIES // max(1, q.shape[0] * slots))
+    chunks = []
+    for t0 in range(0, length, step):
+        chunk = q[:, :, t0 : t0 + step]
+        first = q_start + t0
+        # Keys after the chunk's last query are hidden from all of it.
+        end = first + chunk.shape[2] if isinstance(first, int) else slots
+        chunks.append(_masked(chunk, k[:, :, :end], v[:, :, :end], segments, first, scale))
+    return torch.cat(chunks, dim=2)
+
+
+def _by_head_of_group(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal, ``T == S``: one call for each head of a group, so that every call sees each key head once."""
+    group = q.shape[1] // k.shape[1]
+    if group == 1 or q.device.type == "cuda":  # CUDA kernels share key heads themselves
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
+    outs = [
+        scaled_dot_product_attention(q[:, g::group], k, v, is_causal=True, scale=scale) for g in range(group)
+    ]
+    return torch.stack(outs, dim=2).flatten(1, 2)
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, q_start: int | Tensor, scale: float
+) -> Tensor:
+    """A group's heads folded into query rows, which all read the same keys."""
+    hkv, group, length = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
+    folded = q.unflatten(1, (hkv, group)).flatten(2, 3)  # [B, Hkv, G * T, D]
+    if segments.whole and length == 1 and isinstance(q_start, int):  # decode: every key is visible
+        out = scaled_dot_product_attention(folded, k, v, scale=scale)
+        return out.unflatten(2, (group, length)).flatten(1, 2)
+    slot = query_slots(segments, length, q_start)
+    key = torch.arange(k.shape[2], device=k.device)
+    doc = segments.doc[:, slot, None]  # [B, T, 1]
+    mask = (doc == segments.doc[:, None, : k.shape[2]]) & (key <= slot[:, None])
+    mask &= doc >= 0
+    folded_mask = mask[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]  # [B, 1, G * T, S]
+    out = scaled_dot_product_attention(folded, k, v, attn_mask=folded_mask, scale=scale)
+    out = out.unflatten(2, (group, length)).flatten(1, 2)
+    return torch.where(mask.any(-1)[:, None, :, None], out, 0.0)  # padding rows: zeros, not NaN

@@ -1,0 +1,96 @@
+"""Blocks of a row and their centroids: what the gate knows of the keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mobazoo.attention.segments import Segments
+from mobazoo.errors import InputError
+
+UNUSED = -1
+
+# Gathering a packed row's blocks copies keys; this many bytes of float32 at a time is plenty for any device.
+_GATHER_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """Means of the keys of every complete block, in the order of their slots.
+
+    Attributes:
+        mean: ``[B, Hkv, N, D]`` in the keys' dtype.
+        start: ``[B, N]`` int32, slot of each block's first key, ascending; ``-1`` at the end is unused.
+        doc: ``[B, N]`` int32, the document it belongs to; ``-1`` is unused.
+    """
+
+    mean: Tensor
+    start: Tensor
+    doc: Tensor
+
+
+def centroids(k: Tensor, block_size: int, segments: Segments) -> Centroids:
+    """Mean key of every complete block (arXiv 2502.13189, equation 6); no gradient flows through it.
+
+    Means are accumulated in float32 and rounded once to the keys' dtype. A block that its document does not fill
+    is only ever somebody's own block, so it has no centroid and ``N = S // block_size`` is enough for any packing.
+
+    Args:
+        k: ``[B, Hkv, S, D]``, after RoPE.
+        block_size: tokens in a block, >= 1.
+        segments: the documents of the ``S`` slots.
+
+    Raises:
+        InputError: if ``k`` and ``segments`` differ in rows or slots.
+    """
+    if k.dim() != 4 or (k.shape[0], k.shape[2]) != (segments.batch, segments.length):
+        raise InputError(
+            f"centroids: k must be [B, Hkv, S, D] with B={segments.batch} and S={segments.length} as in segments, "
+            f"got {list(k.shape)}"
+        )
+    start = _complete_blocks(segments, block_size)
+    doc = torch.where(start >= 0, segments.doc.gather(1, start.clamp(min=0).long()), UNUSED).to(torch.int32)
+    with torch.no_grad():
+        mean = _mean_whole(k, block_size) if segments.whole else _mean_packed(k, start, block_size)
+    return Centroids(mean, start, doc)
+
+
+def _complete_blocks(segments: Segments, block_size: int) -> Tensor:
+    """``[B, N]`` int32, first slots of the complete blocks, ascending, then -1."""
+    n = segments.length // block_size
+    if segments.whole:
+        grid = torch.arange(n, dtype=torch.int32, device=segments.doc.device) * block_size
+        return grid.expand(segments.batch, n)
+    last = segments.doc[:, block_size - 1 :]  # document of the slot where a block starting here would end
+    head = segments.doc[:, : last.shape[1]]
+    is_start = (head >= 0) & (segments.pos[:, : last.shape[1]] % block_size == 0) & (head == last)
+    rank = torch.where(is_start, is_start.cumsum(1) - 1, n)
+    slot = torch.arange(last.shape[1], dtype=torch.int32, device=segments.doc.device).expand_as(rank)
+    start = torch.full((segments.batch, n + 1), UNUSED, dtype=torch.int32, device=segments.doc.device)
+    return start.scatter(1, rank, slot)[:, :n]  # slots that start no block all land in column n
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _mean_whole(k: Tensor, block_size: int) -> Tensor:
+    n = k.shape[2] // block_size
+    blocks = k[:, :, : n * block_size].unflatten(2, (n, block_size))
+    return blocks.mean(3, dtype=_accumulator(k.dtype)).to(k.dtype)
+
+
+def _mean_packed(k: Tensor, start: Tensor, block_size: int) -> Tensor:
+    batch, heads, _, dim = k.shape
+    n = start.shape[1]
+    mean = k.new_empty(batch, heads, n, dim)
+    inside = torch.arange(block_size, device=k.device)
+    step = max(1, _GATHER_BYTES // (4 * heads * block_size * dim))
+    for b in range(batch):
+        for n0 in range(0, n, step):
+            slots = start[b, n0 : n0 + step, None].clamp(min=0) + inside  # [n, block_size]
+            keys = k[b].index_select(1, slots.flatten()).unflatten(1, slots.shape)
+            mean[b, :, n0 : n0 + step] = keys.mean(2, dtype=_accumulator(k.dtype)).to(k.dtype)
+    return mean.masked_fill_((start < 0)[:, None, :, None], 0.0)

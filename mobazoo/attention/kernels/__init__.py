@@ -1,0 +1,1 @@
+"""Schedules and kernel providers behind the ``flash`` backend."""

@@ -1,0 +1,179 @@
+"""The gate: which earlier blocks each query reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from mobazoo.attention.blocks import UNUSED, Centroids
+from mobazoo.attention.pattern import MoBA
+from mobazoo.attention.segments import Segments
+from mobazoo.errors import InputError
+
+EMPTY = -1
+
+# Working memory of the gate, in bytes. On a CPU a chunk should live in a core's cache, on a GPU it should fill the
+# machine; both are far below the 1 GiB that `route` promises.
+_CHUNK_BYTES = {"cpu": 3 << 20}
+_CHUNK_BYTES_DEFAULT = 256 << 20
+# One score costs float32 score, int32 order, int64 key, and as much again inside top-k; one query its float32 copy.
+_BYTES_PER_SCORE = 32
+_BYTES_PER_QUERY_DIM = 8
+
+_SMALLEST = -(1 << 63)  # below every key of a score
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which earlier blocks each query reads. The own block is implied: it starts at ``slot - pos % block_size``.
+
+    Entries of one query are distinct blocks of its document that end before its own block begins.
+
+    Attributes:
+        index: ``[B, Hq, T, top_k - 1]`` int32 (int16 where it fits), best score first, ``-1`` is an empty slot.
+        start: ``[B, N]`` int32; block ``n`` is the slots ``start[n] .. start[n] + block_size - 1``.
+        block_size: tokens in a block.
+    """
+
+    index: Tensor
+    start: Tensor
+    block_size: int
+
+
+def query_slots(segments: Segments, length: int, q_start: int | Tensor | None) -> Tensor:
+    """``[T]`` int64, the row slots of ``length`` queries that begin at ``q_start`` (None: the last ones)."""
+    first = segments.length - length if q_start is None else q_start
+    return torch.arange(length, device=segments.doc.device) + first
+
+
+def route(
+    q: Tensor, centroids: Centroids, pattern: MoBA, segments: Segments, q_start: int | Tensor | None = None
+) -> Routes:
+    """Chooses the ``top_k - 1`` best complete blocks before each query's own (arXiv 2502.13189, equations 5 to 7).
+
+    The score of a block is the unscaled dot product of query and centroid in float32; among equal scores the most
+    recent block wins. No gradient flows through the choice, nothing waits for a GPU, and working memory beyond
+    inputs and result stays below 1 GiB for any shape.
+
+    Args:
+        q: ``[B, Hq, T, D]``, after RoPE.
+        centroids: of the ``S`` slots' keys, ``Hq`` divisible by their ``Hkv``.
+        pattern: block size and top_k.
+        segments: the documents of the ``S`` slots.
+        q_start: slot of the first query, an int or a 0-dim device tensor (None: queries are the last ``T`` slots).
+
+    Raises:
+        InputError: shapes that do not fit together.
+    """
+    if q.dim() != 4 or centroids.mean.dim() != 4 or q.shape[1] % centroids.mean.shape[1]:
+        raise InputError(
+            "route: q must be [B, Hq, T, D] with Hq divisible by the centroids' Hkv, "
+            f"got q {list(q.shape)} and centroids {list(centroids.mean.shape)}"
+        )
+    slot = query_slots(segments, q.shape[2], q_start)
+    pos, real = segments.pos[:, slot], segments.doc[:, slot] >= 0  # [B, T]
+    # Blocks stand in slot order, so a query's candidates are one range: from its document's first to its own block.
+    in_order = torch.where(centroids.start == UNUSED, segments.length, centroids.start).contiguous()
+    own = slot - pos % pattern.block_size
+    stop = torch.searchsorted(in_order, own.to(in_order.dtype))
+    first = torch.where(real, torch.searchsorted(in_order, (slot - pos).to(in_order.dtype)), stop)
+    index = torch.ops.mobazoo.gate(q.detach(), centroids.mean.detach(), first, stop, pattern.top_k - 1)
+    return Routes(index, centroids.start, pattern.block_size)
+
+
+def _index_dtype(n: int) -> torch.dtype:
+    return torch.int16 if n <= torch.iinfo(torch.int16).max else torch.int32
+
+
+# An opaque operator: inlined, its data-dependent chunking breaks a fullgraph compile.
+@torch.library.custom_op("mobazoo::gate", mutates_args=())
+def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int) -> Tensor:
+    """Best ``k`` of the blocks ``first .. stop - 1`` of each query: ``[B, Hq, T, k]``, -1 where there are fewer.
+
+    ``first`` and ``stop`` are ``[B, T]`` and do not decrease along a row.
+    """
+    batch, hq, length, _ = q.shape
+    hkv, n = mean.shape[1], mean.shape[2]
+    index = torch.full((batch, hq, length, k), EMPTY, dtype=_index_dtype(n), device=q.device)
+    if k == 0 or n == 0:
+        return index
+    group = hq // hkv
+    grouped = index.unflatten(1, (hkv, group))  # [B, Hkv, G, T, K - 1]
+    # Key heads together where one query's scores of all heads are small, else a few at a time.
+    heads = max(1, min(hkv, _CHUNK_BYTES_DEFAULT // (_BYTES_PER_SCORE * n * group)))
+    for b, j in product(range(batch), range(0, hkv, heads)):
+        centroid = mean[b, j : j + heads].float().transpose(1, 2)  # [h, D, N]
+        queries = q[b].unflatten(0, (hkv, group))[j : j + heads]  # [h, G, T, D]
+        for t0, t1, n0, n1 in _chunks(first[b], stop[b], queries.shape, n):
+            width = min(k, n1 - n0)
+            chunk = queries[:, :, t0:t1].float().flatten(1, 2)  # [h, G * t, D]
+            keys = _sort_keys(torch.bmm(chunk, centroid[:, :, n0:n1])).unflatten(1, (group, -1))
+            _hide(keys, first[b, t0:t1], stop[b, t0:t1], n0, n1)
+            best = keys.topk(width, dim=-1).values  # [h, G, t, width]
+            chosen = torch.where(best == _SMALLEST, EMPTY, (best & 0xFFFFFFFF) + n0)
+            grouped[b, j : j + heads, :, t0:t1, :width] = chosen.to(index.dtype)
+    return index
+
+
+@_gate.register_fake
+def _(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int) -> Tensor:
+    return q.new_empty((*q.shape[:3], k), dtype=_index_dtype(mean.shape[2]))
+
+
+def _chunks(first: Tensor, stop: Tensor, queries: torch.Size, n: int) -> list[tuple[int, int, int, int]]:
+    """Query ranges and the block range each needs, ``(t0, t1, n0, n1)``, each within the chunk budget if it can be.
+
+    On a CPU the ranges are read (free there), so that blocks nobody may choose are never scored. Elsewhere reading
+    them would wait for the device: every chunk scores all blocks.
+    """
+    heads, group, length, dim = queries
+    budget = _CHUNK_BYTES.get(first.device.type, _CHUNK_BYTES_DEFAULT) // (heads * group)
+
+    def cost(tokens: int, blocks: int) -> int:
+        return tokens * (_BYTES_PER_SCORE * blocks + _BYTES_PER_QUERY_DIM * dim)
+
+    if first.device.type != "cpu":
+        step = max(1, budget // cost(1, n))
+        return [(t, min(t + step, length), 0, n) for t in range(0, length, step)]
+    lows, highs = first.tolist(), stop.tolist()
+    chunks = []
+    t0 = 0
+    while t0 < length:
+        t1, too_far = t0 + 1, length + 1
+        while t1 + 1 < too_far:
+            middle = (t1 + too_far) // 2
+            if cost(middle - t0, highs[middle - 1] - lows[t0]) <= budget:
+                t1 = middle
+            else:
+                too_far = middle
+        if highs[t1 - 1] > lows[t0]:
+            chunks.append((t0, t1, lows[t0], highs[t1 - 1]))
+        t0 = t1
+    return chunks
+
+
+def _sort_keys(scores: Tensor) -> Tensor:
+    """int64 keys ``[..., N]`` that sort as (score, block number) do: equal scores fall to the most recent block.
+
+    The high word is the float32 score as an integer of the same order (-0.0 equals 0.0), the low word the number.
+    """
+    bits = scores.view(torch.int32)
+    sign = bits >> 31  # 0 or -1
+    order = (bits & 0x7FFFFFFF).bitwise_xor_(sign).sub_(sign)
+    number = torch.arange(scores.shape[-1], device=scores.device)
+    return torch.add(number, order, alpha=1 << 32)
+
+
+def _hide(keys: Tensor, first: Tensor, stop: Tensor, n0: int, n1: int) -> None:
+    """Puts blocks outside each query's ``first .. stop - 1`` below all others; keys ``[Hkv, G, t, n1 - n0]``."""
+    certain, shut = (int(first[-1]), int(stop[0])) if keys.device.type == "cpu" else (n1, n0)
+    number = torch.arange(n0, n1, device=keys.device)
+    if certain > n0:
+        left = slice(0, certain - n0)
+        keys[..., left].masked_fill_(number[left] < first[:, None], _SMALLEST)
+    if shut < n1:
+        right = slice(max(0, shut - n0), None)
+        keys[..., right].masked_fill_(number[right] >= stop[:, None], _SMALLEST)

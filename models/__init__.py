@@ -1,0 +1,1 @@
+"""The zoo, installed as ``mobazoo.models``: one folder a family."""

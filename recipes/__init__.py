@@ -1,0 +1,1 @@
+"""Recipes, installed as ``mobazoo.recipes``: data only, no code."""
