@@ -80,7 +80,7 @@ def attend(
     if isinstance(pattern, MoBA) and routes is None:
         known = centroids(k.detach(), pattern.block_size, segments)
         routes = route(q.detach(), known, pattern, segments, first)
-    out: Tensor = run(
+    return run(
         q,
         k,
         v,
@@ -89,7 +89,6 @@ def attend(
         q_start=first,
         scale=q.shape[3] ** -0.5 if scale is None else scale,
     )
-    return out
 
 
 def _without_waste(pattern: MoBA, segments: Segments) -> Pattern:
@@ -104,18 +103,14 @@ def _named(backend: str, problem: Problem) -> str:
     if backend == "auto":
         name, why = choose(problem)
         if not torch.compiler.is_compiling():
-            _log_once(
-                f"backend auto: {name} for {problem.pattern} on {problem.device} {problem.dtype}: {why}"
-            )
+            _log_once(f"backend auto: {name} for {problem.pattern} on {problem.device} {problem.dtype}: {why}")
         return name
     if backend not in BACKENDS:
         raise InputError(f"attend: unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     reason = BACKENDS[backend].unsupported(problem)
     if reason is not None:
         others = [name for name, other in BACKENDS.items() if other.unsupported(problem) is None]
-        raise UnsupportedError(
-            f"attend: backend {backend!r} cannot do this: {reason} (these can: {', '.join(others)})"
-        )
+        raise UnsupportedError(f"attend: backend {backend!r} cannot do this: {reason} (these can: {', '.join(others)})")
     return backend
 
 
@@ -125,21 +120,13 @@ def _log_once(message: str) -> None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if (
-        q.dim() != 4
-        or k.dim() != 4
-        or k.shape != v.shape
-        or q.shape[0] != k.shape[0]
-        or q.shape[3] != k.shape[3]
-    ):
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise InputError(
             "attend: want q [B, Hq, T, D] and k, v [B, Hkv, S, D], "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise InputError(
-            f"attend: query heads must be a multiple of key heads, got Hq={q.shape[1]}, Hkv={k.shape[1]}"
-        )
+        raise InputError(f"attend: query heads must be a multiple of key heads, got Hq={q.shape[1]}, Hkv={k.shape[1]}")
     if q.shape[2] > k.shape[2]:
         raise InputError(
             f"attend: T={q.shape[2]} queries but only S={k.shape[2]} keys; k and v must hold the queries' own tokens too"
@@ -159,9 +146,7 @@ def _segments_for(k: Tensor, segments: Segments | None) -> Segments:
             f"k has B={k.shape[0]}, S={k.shape[2]}; build them for the keys"
         )
     if segments.doc.device != k.device:
-        raise InputError(
-            f"attend: segments are on {segments.doc.device}, k on {k.device}; use segments.to({k.device})"
-        )
+        raise InputError(f"attend: segments are on {segments.doc.device}, k on {k.device}; use segments.to({k.device})")
     return segments
 
 
@@ -188,9 +173,7 @@ def _check_routes(q: Tensor, pattern: Pattern, routes: Routes | None) -> None:
     if routes is None:
         return
     if isinstance(pattern, Full):
-        raise InputError(
-            "attend: routes were given but the pattern is Full(); pass the MoBA they were made for"
-        )
+        raise InputError("attend: routes were given but the pattern is Full(); pass the MoBA they were made for")
     if routes.block_size != pattern.block_size or routes.index.shape[:3] != q.shape[:3]:
         raise InputError(
             f"attend: routes have block_size={routes.block_size} and index {list(routes.index.shape)}, "

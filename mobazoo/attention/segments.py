@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -77,9 +78,7 @@ class Segments:
         """
         used = [sum(row) for row in rows]
         if any(n < 0 for row in rows for n in row):
-            raise InputError(
-                f"Segments.from_lengths: document lengths must be >= 0, got {list(map(list, rows))}"
-            )
+            raise InputError(f"Segments.from_lengths: document lengths must be >= 0, got {list(map(list, rows))}")
         length = max(used, default=0) if length is None else length
         if max(used, default=0) > length:
             worst = max(range(len(used)), key=used.__getitem__)
@@ -119,9 +118,7 @@ class Segments:
         return _from_starts(_first_of_run(real), real, "from_attention_mask", single=True, values=mask)
 
     @classmethod
-    def from_cu_seqlens(
-        cls, cu_seqlens: Tensor, length: int | None = None, max_len: int | None = None
-    ) -> Segments:
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, length: int | None = None, max_len: int | None = None) -> Segments:
         """One row whose documents end at the cumulated lengths ``[0, n0, n0 + n1, ...]``, as varlen kernels take them.
 
         Args:
@@ -137,11 +134,9 @@ class Segments:
             )
         if length is None or max_len is None:
             ends = cu_seqlens.tolist()
-            sizes = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+            sizes = [b - a for a, b in pairwise(ends)]
             if ends[0] != 0 or min(sizes, default=0) < 0:
-                raise InputError(
-                    f"Segments.from_cu_seqlens: must start at 0 and never decrease, got {ends[:8]}"
-                )
+                raise InputError(f"Segments.from_cu_seqlens: must start at 0 and never decrease, got {ends[:8]}")
             return cls.from_lengths([sizes], length, cu_seqlens.device)
         slot = torch.arange(length, device=cu_seqlens.device)
         number = torch.searchsorted(cu_seqlens, slot, right=True) - 1
@@ -224,11 +219,7 @@ def _from_starts(
         max_len = length if max_len is None else max_len
     elif (max_docs is None or max_len is None) and start.numel():
         # A document after the row's first that does not begin at position 0 is the rest of one with a hole in it.
-        torn = (
-            start & (position_ids != 0) & (number > 1)
-            if position_ids is not None
-            else start & (number > 1) & single
-        )
+        torn = start & (position_ids != 0) & (number > 1) if position_ids is not None else start & (number > 1) & single
         odd = (values != 0) & (values != 1) if values is not None else torch.zeros_like(real)
         rows, docs, longest, fewest, odd_rows = torch.stack(
             [

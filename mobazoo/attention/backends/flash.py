@@ -5,9 +5,10 @@ One opaque operator each way, so that a fullgraph model may use it; which kernel
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from mobazoo.attention.kernels import cpu
 from mobazoo.attention.problem import Problem
@@ -46,8 +47,7 @@ def run(
         routes.block_size if routes else 0,
         scale,
     )
-    result: Tensor = out
-    return result
+    return out
 
 
 @torch.library.custom_op("mobazoo::flash", mutates_args=())
@@ -103,14 +103,14 @@ def _rows_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, index, start, doc, pos, q_start, q_start_tensor, block_size, scale = inputs
     ctx.save_for_backward(q, k, v, *output, index, start, doc, pos, q_start_tensor)
     ctx.ints = (q_start, block_size)
     ctx.scale = scale
 
 
-def _gradient(ctx: FunctionCtx, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, index, start, doc, pos, q_start_tensor = ctx.saved_tensors
     q_start, block_size = ctx.ints
     dq, dk, dv = torch.ops.mobazoo.flash_backward(

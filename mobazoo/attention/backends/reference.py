@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mobazoo.attention.problem import Problem
 from mobazoo.attention.routing import Routes, query_slots
 from mobazoo.attention.segments import Segments
-from mobazoo.attention.problem import Problem
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -26,7 +26,7 @@ def run(
     scale: float,
 ) -> Tensor:
     """Softmax attention over the tokens of ``token_mask``; see ``attend`` for shapes."""
-    batch, hq, length, dim = q.shape
+    batch, hq, length, _ = q.shape
     hkv = k.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
     mask = token_mask(segments, routes, length, q_start)  # [B, Hq or 1, T, S]
@@ -34,9 +34,7 @@ def run(
     grouped = q.to(compute).unflatten(1, (hkv, hq // hkv))  # [B, Hkv, G, T, D]
     scores = torch.einsum("bjgtd,bjsd->bjgts", grouped, k.to(compute)) * scale
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    weights = weights.masked_fill(
-        ~mask.any(-1, keepdim=True), 0.0
-    )  # a query that reads nothing: zeros, not NaN
+    weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)  # a query that reads nothing: zeros, not NaN
     out = torch.einsum("bjgts,bjsd->bjgtd", weights, v.to(compute))
     return out.flatten(1, 2).to(q.dtype)
 
@@ -52,8 +50,6 @@ def token_mask(segments: Segments, routes: Routes | None, length: int, q_start: 
     own = causal & (key >= slot[:, None] - pos % routes.block_size)
     mask = own[:, None].expand(-1, routes.index.shape[1], -1, -1).clone()
     for chosen in routes.index.long().unbind(-1):  # [B, Hq, T], one block a query
-        start = (
-            routes.start[:, None, None, :].expand(*chosen.shape, -1).gather(3, chosen.clamp(min=0)[..., None])
-        )
+        start = routes.start[:, None, None, :].expand(*chosen.shape, -1).gather(3, chosen.clamp(min=0)[..., None])
         mask |= (chosen >= 0)[..., None] & (key >= start) & (key < start + routes.block_size)
     return mask

@@ -52,15 +52,11 @@ def _by_head_of_group(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     group = q.shape[1] // k.shape[1]
     if group == 1 or q.device.type == "cuda":  # CUDA kernels share key heads themselves
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
-    outs = [
-        scaled_dot_product_attention(q[:, g::group], k, v, is_causal=True, scale=scale) for g in range(group)
-    ]
+    outs = [scaled_dot_product_attention(q[:, g::group], k, v, is_causal=True, scale=scale) for g in range(group)]
     return torch.stack(outs, dim=2).flatten(1, 2)
 
 
-def _masked(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, q_start: int | Tensor, scale: float
-) -> Tensor:
+def _masked(q: Tensor, k: Tensor, v: Tensor, segments: Segments, q_start: int | Tensor, scale: float) -> Tensor:
     """A group's heads folded into query rows, which all read the same keys."""
     hkv, group, length = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
     folded = q.unflatten(1, (hkv, group)).flatten(2, 3)  # [B, Hkv, G * T, D]

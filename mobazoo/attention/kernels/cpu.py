@@ -10,6 +10,7 @@ queries, output and gradients, plus ``_TOKENS_PER_CALL`` rows a call.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -169,16 +170,12 @@ def own_tiles(doc: Tensor, pos: Tensor, block_size: int | None, q_start: int, q_
     real = (doc[starts] >= 0).tolist()
     tiles: list[Tile] = []
     run = (0, 0, 0)  # start, length, count of equal neighbours not yet turned into tiles
-    for k_start, k_stop, is_real in zip(bounds, bounds[1:], real, strict=False):
+    for (k_start, k_stop), is_real in zip(pairwise(bounds), real, strict=True):
         q_lo, q_hi = max(k_start, q_start), min(k_stop, q_stop)
         if not is_real or q_lo >= q_hi:
             continue
         begin, length, count = run
-        if (
-            length == q_hi - q_lo
-            and begin + length * count == q_lo
-            and length * (count + 1) <= _TOKENS_PER_CALL
-        ):
+        if length == q_hi - q_lo and begin + length * count == q_lo and length * (count + 1) <= _TOKENS_PER_CALL:
             run = (begin, length, count + 1)
         else:
             tiles += _diagonal(*run)
@@ -246,9 +243,7 @@ def _own_backward(
     offset = tile.q_start - q_start
     dout, q, out = (_pieces(x, offset, tile.q_len, tile).transpose(0, 1).contiguous() for x in rowwise)
     group = q.shape[1]
-    keys = _pieces(k, tile.k_start, tile.k_len, tile)[:, None].expand(
-        -1, group, -1, -1
-    )  # [count, G, k_len, D]
+    keys = _pieces(k, tile.k_start, tile.k_len, tile)[:, None].expand(-1, group, -1, -1)  # [count, G, k_len, D]
     values = _pieces(v, tile.k_start, tile.k_len, tile)[:, None].expand(-1, group, -1, -1)
     stats = _pieces(lse[..., None], offset, tile.q_len, tile)[..., 0].transpose(0, 1).contiguous()
     dq, dk, dv = _backward_kernel(dout, q, keys, values, out, stats, 0.0, tile.causal, scale=scale)
