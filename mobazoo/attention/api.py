@@ -129,7 +129,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise InputError(f"attend: query heads must be a multiple of key heads, got Hq={q.shape[1]}, Hkv={k.shape[1]}")
     if q.shape[2] > k.shape[2]:
         raise InputError(
-            f"attend: T={q.shape[2]} queries but only S={k.shape[2]} keys; k and v must hold the queries' own tokens too"
+            f"attend: T={q.shape[2]} queries but S={k.shape[2]} keys; k and v must hold the queries' own tokens too"
         )
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         raise InputError(f"attend: q, k, v must share a floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")

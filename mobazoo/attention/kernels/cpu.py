@@ -10,6 +10,7 @@ queries, output and gradients, plus ``_TOKENS_PER_CALL`` rows a call.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ _ROWS_PER_THREAD = 128
 _HALVED = range(384, 768)
 
 
-class Tile(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Tile:
     """``count`` equal pieces of own-block work, ``stride`` slots apart: queries and keys are runs of slots."""
 
     q_start: int
