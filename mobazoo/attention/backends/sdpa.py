@@ -35,7 +35,7 @@ def run(
     """Causal attention inside documents; see ``attend`` for shapes."""
     length, slots = q.shape[2], k.shape[2]
     if segments.whole and length == slots:
-        return _by_head_of_group(q, k, v, scale)
+        return _causal(q, k, v, scale)
     step = max(1, _MASK_ENTRIES // max(1, q.shape[0] * slots))
     chunks = []
     for t0 in range(0, length, step):
@@ -47,13 +47,15 @@ def run(
     return torch.cat(chunks, dim=2)
 
 
-def _by_head_of_group(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal, ``T == S``: one call for each head of a group, so that every call sees each key head once."""
-    group = q.shape[1] // k.shape[1]
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal, ``T == S``. Key heads are shared by a view: rows and key heads as the batch, the group as the heads."""
+    batch, hkv, group = k.shape[0], k.shape[1], q.shape[1] // k.shape[1]
     if group == 1 or q.device.type == "cuda":  # CUDA kernels share key heads themselves
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
-    outs = [scaled_dot_product_attention(q[:, g::group], k, v, is_causal=True, scale=scale) for g in range(group)]
-    return torch.stack(outs, dim=2).flatten(1, 2)
+    grouped = q.unflatten(1, (hkv, group)).flatten(0, 1)  # [B * Hkv, G, T, D]
+    keys, values = (x.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
+    out = scaled_dot_product_attention(grouped, keys, values, is_causal=True, scale=scale)
+    return out.unflatten(0, (batch, hkv)).flatten(1, 2)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, segments: Segments, q_start: int | Tensor, scale: float) -> Tensor:

@@ -64,13 +64,14 @@ def forward(
     """Output ``[B, Hq, T, D]`` and log-sum-exp ``[B, Hq, T]``; without ``index`` full attention inside documents."""
     batch, hq, length, dim = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros(batch, hq, length, dim)
+    out = q.new_empty(batch, hq, length, dim)
     lse = torch.full((batch, hq, length), float("-inf"), dtype=wide, device=q.device)
     for heads, tiles in _work(q, k, doc, pos, q_start, block_size, index is not None):
         b, j, g = heads
         queries, keys, values = q[b, g].contiguous(), k[b, j], v[b, j]
         # float32 results are merged where they belong, narrower ones in a wide copy that is rounded once
-        merged = out[b, g] if q.dtype == wide else out[b, g].to(wide)
+        merged = out[b, g] if q.dtype == wide else queries.new_empty(queries.shape, dtype=wide)
+        merged.index_fill_(1, (doc[b, q_start : q_start + length] < 0).nonzero().flatten(), 0.0)
         for tile in tiles:
             _own_forward(tile, q_start, queries, keys, values, merged, lse[b, g], scale)
         if index is not None and start is not None:
