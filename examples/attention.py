@@ -8,7 +8,9 @@ import torch
 from mobazoo.attention import MoBA, Segments, attend, centroids, route
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768], help="rows to time, in tokens")
+parser.add_argument(
+    "--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768], help="rows to time, in tokens"
+)
 args = parser.parse_args()
 torch.manual_seed(0)
 

@@ -243,7 +243,8 @@ def main(
     backend: Annotated[str, typer.Option(help="auto, or a backend by name.")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Paired rounds a case.")] = 3,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write everything here.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write every figure here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the table here, with command and machine.")] = None,
 ) -> None:
     """Times MoBA against full causal attention on this machine's CPU and prints where the time goes."""
     console = Console()
@@ -260,32 +261,72 @@ def main(
                 if not case.backward and case.length >= 32768 and result.backend.endswith("flash"):
                     result.stages = stages(case)
             console.print(f"{case.label()}: [bold]{result.speedup:.2f}x[/] {bound}")
+            if result.stages:
+                console.print(f"  {_stages_line(result)}")
             results.append((result, bound))
-        console.print(_table(results))
-        console.print(" | ".join(f"{name} {value}" for name, value in machine().items()))
+        console.print(_rich(results))
+        console.print(_machine_line())
         if json_path is not None:
             rows = [{**result.row(), "bound": bound} for result, bound in results]
             json_path.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+        if markdown is not None:
+            markdown.write_text(_markdown(results, suite))
     except MobazooError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
 
 
-def _table(results: list[tuple[Result, str]]) -> Table:
-    table = Table("case", "backend", "full ms", "moba ms", "times faster", "range", "bound", "where the time goes, ms")
+HEADER = ("case", "backend", "full ms", "MoBA ms", "times faster", "range", "bound")
+
+
+def _cells(result: Result, bound: str) -> tuple[str, ...]:
+    return (
+        result.case.label(),
+        result.backend,
+        f"{1e3 * median(result.full):.1f}",
+        f"{1e3 * median(result.moba):.1f}",
+        f"{result.speedup:.2f}",
+        f"{min(result.ratios):.2f} to {max(result.ratios):.2f}",
+        bound,
+    )
+
+
+def _rich(results: list[tuple[Result, str]]) -> Table:
+    table = Table(*HEADER)
     for result, bound in results:
-        spent = ", ".join(f"{name} {1e3 * value:.0f}" for name, value in result.stages.items())
-        table.add_row(
-            result.case.label(),
-            result.backend,
-            f"{1e3 * median(result.full):.1f}",
-            f"{1e3 * median(result.moba):.1f}",
-            f"{result.speedup:.2f}",
-            f"{min(result.ratios):.2f} to {max(result.ratios):.2f}",
-            bound,
-            spent,
-        )
+        table.add_row(*_cells(result, bound))
     return table
+
+
+def _machine_line() -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine().items())
+
+
+def _stages_line(result: Result) -> str:
+    spent = ", ".join(f"{name} {1e3 * value:.0f}" for name, value in result.stages.items())
+    return f"{result.case.label()}: {spent} (ms)"
+
+
+def _markdown(results: list[tuple[Result, str]], suite: str) -> str:
+    """The page docs/benchmarks/cpu.md: written whole by a command, never by hand."""
+    lines = [
+        "# MoBA against full attention on a CPU",
+        "",
+        f"Written by `python -m mobazoo.bench --suite {suite} --markdown ...`; {_machine_line()}.",
+        "",
+        "Batch 1, 4 query and 2 key heads, head dim 64, random inputs. Full attention is",
+        "`scaled_dot_product_attention(is_causal=True)` on repeated keys and values. Times are medians; a ratio is the",
+        "median over paired rounds, the range its extremes.",
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "|" + " --- |" * len(HEADER),
+        *("| " + " | ".join(_cells(result, bound)) + " |" for result, bound in results),
+        "",
+        "Where the forward spends its time (gate and own blocks timed alone, the rest from a profiled run):",
+        "",
+        *(f"- {_stages_line(result)}" for result, _ in results if result.stages),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

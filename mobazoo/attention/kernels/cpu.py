@@ -24,8 +24,8 @@ _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 _TOKENS_PER_CALL = 8192
 # Below this many rows a thread, splitting a call over the threads costs more than it gives.
 _ROWS_PER_THREAD = 128
-# The kernel's causal tiles are coarse at these lengths: two causal halves and one dense corner read less.
-_HALVED = range(384, 768)
+# The kernel's causal tiles are coarse at these lengths: two causal halves and one dense corner take less time.
+_HALVED = range(256, 768)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,10 +196,8 @@ def _diagonal(start: int, length: int, count: int) -> list[Tile]:
     if length % 2 or length not in _HALVED:
         return [Tile(start, length, start, length, length, count, causal=True)]
     half = length // 2
-    return [
-        Tile(start, half, start, half, half, 2 * count, causal=True),
-        Tile(start + half, half, start, half, length, count, causal=False),
-    ]
+    corner = Tile(start + half, half, start, half, length, count, causal=False)
+    return [*_diagonal(start, half, 2 * count), corner]
 
 
 def _pieces(x: Tensor, start: int, length: int, tile: Tile) -> Tensor:
