@@ -1,0 +1,1 @@
+"""Recipes and per-layer rules as plain dataclasses; importing this needs no torch."""

@@ -1,0 +1,134 @@
+"""Which attention each layer uses: an ordered list of rules, later ones override only the fields they name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from mobazoo.attention.pattern import Full, MoBA, Pattern
+from mobazoo.errors import InputError
+
+PATTERNS = ("full", "moba")
+DECODES = ("full", "moba")
+KCONV_WIDTHS = (3, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of ``attention:`` in a recipe or checkpoint; ``None`` leaves what earlier rules said.
+
+    Attributes:
+        layers: a layer number (negative counts from the end) or a Python slice such as ``":"``, ``"-3:"``, ``"::2"``.
+        pattern: ``full`` or ``moba``.
+        block_size: tokens in a block, for ``moba``.
+        top_k: blocks a query reads, its own included, for ``moba``.
+        backend: ``auto`` or a backend by name.
+        decode: what queries after the prompt use, ``full`` (the paper's choice) or ``moba``.
+        kconv: width of the key convolution, 3 or 5; 0 is none.
+    """
+
+    layers: int | str = ":"
+    pattern: str | None = None
+    block_size: int | None = None
+    top_k: int | None = None
+    backend: str | None = None
+    decode: str | None = None
+    kconv: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that say something, as plain JSON."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What the rules come to for one layer."""
+
+    pattern: Pattern = Full()  # noqa: RUF009  (frozen, so sharing it is safe)
+    backend: str = "auto"
+    decode: str = "full"
+    kconv: int = 0
+
+    @property
+    def decode_pattern(self) -> Pattern:
+        """The pattern of queries after the prompt."""
+        return self.pattern if self.decode == "moba" else Full()
+
+
+def parse_rules(rules: Sequence[Mapping[str, Any]] | None, where: str = "attention") -> tuple[Rule, ...]:
+    """Rules from plain mappings.
+
+    Raises:
+        InputError: an unknown key (with the nearest known one), or a value that no layer could use.
+    """
+    known = [field.name for field in fields(Rule)]
+    parsed = []
+    for i, rule in enumerate(rules or ()):
+        if not isinstance(rule, Mapping):
+            raise InputError(f"{where}[{i}]: want a mapping like {{layers: ':', pattern: moba, ...}}, got {rule!r}")
+        for key in rule:
+            if key not in known:
+                near = get_close_matches(str(key), known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise InputError(f"{where}[{i}]: unknown key {key!r}; {hint}")
+        parsed.append(Rule(**rule))
+        _check(parsed[-1], f"{where}[{i}]")
+    return tuple(parsed)
+
+
+def _check(rule: Rule, where: str) -> None:
+    choices = (("pattern", PATTERNS), ("decode", DECODES), ("kconv", (0, *KCONV_WIDTHS)))
+    for name, allowed in choices:
+        value = getattr(rule, name)
+        if value is not None and value not in allowed:
+            raise InputError(f"{where}.{name}: want one of {', '.join(map(str, allowed))}, got {value!r}")
+    for name in ("block_size", "top_k"):
+        value = getattr(rule, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise InputError(f"{where}.{name}: want an integer >= 1, got {value!r}")
+
+
+def resolve(rules: Sequence[Rule], num_layers: int, where: str = "attention") -> tuple[LayerAttention, ...]:
+    """The attention of every layer; layers no rule names are full.
+
+    Raises:
+        InputError: a layer that is not there, a slice that is none, or ``moba`` without its sizes.
+    """
+    merged: list[dict[str, Any]] = [{} for _ in range(num_layers)]
+    for i, rule in enumerate(rules):
+        said = rule.as_dict()
+        layers = said.pop("layers")
+        for layer in _layers(layers, num_layers, f"{where}[{i}].layers"):
+            merged[layer].update(said)
+    return tuple(_layer(said, f"{where}: layer {n}") for n, said in enumerate(merged))
+
+
+def _layers(layers: int | str, num_layers: int, where: str) -> range:
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        if not -num_layers <= layers < num_layers:
+            raise InputError(f"{where}: layer {layers} is not there; the model has {num_layers}")
+        return range(num_layers)[layers : layers + 1 or None]
+    parts = str(layers).split(":")
+    try:
+        if len(parts) == 1:
+            return _layers(int(parts[0]), num_layers, where)
+        start, stop, step = ([int(part) if part.strip() else None for part in parts] + [None])[:3]
+        if len(parts) > 3 or step == 0:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"{where}: want a layer number or a Python slice like ':' or '-3:', got {layers!r}") from None
+    return range(num_layers)[start:stop:step]
+
+
+def _layer(said: Mapping[str, Any], where: str) -> LayerAttention:
+    sizes = {name: said.get(name) for name in ("block_size", "top_k")}
+    pattern: Pattern = Full()
+    if said.get("pattern", "full") == "moba":
+        missing = [name for name, value in sizes.items() if value is None]
+        if missing:
+            raise InputError(f"{where}: pattern moba needs {' and '.join(missing)}")
+        pattern = MoBA(int(said["block_size"]), int(said["top_k"]))
+    rest = {name: said[name] for name in ("backend", "decode", "kconv") if name in said}
+    return LayerAttention(pattern, **rest)

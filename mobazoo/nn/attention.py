@@ -1,0 +1,106 @@
+"""The attention layer of Llama and Qwen over ``attend``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedConfig
+
+from mobazoo.attention import Full, Pattern, Segments, attend
+from mobazoo.config.rules import LayerAttention
+from mobazoo.errors import UnsupportedError
+from mobazoo.nn.kconv import KeyConv
+from mobazoo.nn.norm import RMSNorm
+from mobazoo.nn.rope import rotate
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the tokens of one forward stand; built once, read by every layer.
+
+    Attributes:
+        segments: documents of the ``S`` slots that keys occupy.
+        q_start: slot of the first token, an int or a 0-dim tensor.
+        decode_from: slot of the first token after the prompt (None: everything is prompt).
+        cos: ``[B, 1, T, D]``.
+        sin: ``[B, 1, T, D]``.
+    """
+
+    segments: Segments
+    q_start: int | Tensor
+    decode_from: int | None
+    cos: Tensor
+    sin: Tensor
+
+
+class Attention(nn.Module):
+    """Separate q, k, v projections, optional q/k norm before RoPE, optional key convolution, any pattern.
+
+    ``layer`` says what is computed and by which backend; changing it changes no weight.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        number: int,
+        layer: LayerAttention,
+        *,
+        qkv_bias: bool,
+        out_bias: bool,
+        qk_norm: bool,
+    ) -> None:
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.number = number
+        self.layer = layer
+        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden, key_heads * self.head_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden, key_heads * self.head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=out_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_conv = KeyConv(key_heads, self.head_dim, layer.kconv) if layer.kconv else None
+
+    def forward(self, x: Tensor, geometry: Geometry, cache: Cache | None) -> Tensor:
+        """``[B, T, hidden]`` in and out; ``cache`` gets the new keys and values."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, D]
+        if self.k_conv is not None:
+            if cache is not None:
+                raise UnsupportedError("kconv with a KV cache is not supported yet; pass use_cache=False")
+            k = self.k_conv(k, geometry.segments.pos)
+        q, k = rotate(q, geometry.cos, geometry.sin), rotate(k, geometry.cos, geometry.sin)
+        if cache is not None:
+            k, v = cache.update(k, v, self.number)
+        return self.o_proj(self._attend(q, k, v, geometry).transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+        """Queries before ``decode_from`` use the layer's pattern, later ones its decode pattern."""
+        length, first = q.shape[2], geometry.q_start
+        split = length
+        if geometry.decode_from is not None and self.layer.decode_pattern != self.layer.pattern:
+            split = _prompt_part(length, first, geometry.decode_from)
+        parts = []
+        if split:
+            parts.append(self._attend_one(q[:, :, :split], k, v, geometry, self.layer.pattern, first))
+        if split < length:
+            pattern = self.layer.decode_pattern
+            parts.append(self._attend_one(q[:, :, split:], k, v, geometry, pattern, first + split))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _attend_one(
+        self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, pattern: Pattern, q_start: int | Tensor
+    ) -> Tensor:
+        # A backend is chosen for the layer's pattern; what a full decode step uses is for `auto` to know.
+        backend = "auto" if isinstance(pattern, Full) and pattern != self.layer.pattern else self.layer.backend
+        return attend(q, k, v, pattern=pattern, backend=backend, segments=geometry.segments, q_start=q_start)
+
+
+def _prompt_part(length: int, q_start: int | Tensor, decode_from: int) -> int:
+    """How many of ``length`` queries stand before ``decode_from``."""
+    if isinstance(q_start, Tensor):  # on the device: a static cache, which decodes a token at a time after its prompt
+        return 0 if length == 1 else length
+    return min(max(decode_from - q_start, 0), length)

@@ -1,0 +1,32 @@
+"""Key convolution (arXiv 2511.11571, appendix C): the only part of MoBA here that adds weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, silu
+
+
+class KeyConv(nn.Module):
+    """Depthwise causal convolution on keys along a document, ``k'_t = k_t + SiLU(sum_{l<W} w_l k_{t-l})``.
+
+    Zero-initialised, so that adding it to a checkpoint changes nothing. It restarts at each document: taps before its
+    first token are zero.
+
+    Args:
+        heads: key heads.
+        head_dim: ``D``; every channel of every head has its own taps.
+        width: ``W``.
+    """
+
+    def __init__(self, heads: int, head_dim: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, heads, 1, head_dim))
+
+    def forward(self, k: Tensor, pos: Tensor) -> Tensor:
+        """Keys ``[B, Hkv, S, D]`` and their positions in their documents ``[B, S]`` to keys of the same shape."""
+        mixed = self.weight[0] * k
+        for lag in range(1, self.weight.shape[0]):
+            earlier = pad(k, (0, 0, lag, 0))[:, :, : k.shape[2]]
+            mixed = mixed + self.weight[lag] * torch.where((pos >= lag)[:, None, :, None], earlier, 0.0)
+        return k + silu(mixed)
