@@ -1,0 +1,1 @@
+"""MoBA in models that are not ours."""
