@@ -92,9 +92,7 @@ def tile_density(routes: Routes, segments: Segments, length: int, q_start: int |
     return tables[0] / tables[1].clamp(min=1)
 
 
-def own_range(
-    routes: Routes | None, segments: Segments, length: int, q_start: int | Tensor
-) -> tuple[Tensor, Tensor]:
+def own_range(routes: Routes | None, segments: Segments, length: int, q_start: int | Tensor) -> tuple[Tensor, Tensor]:
     """First key of each query's own block (document, for full attention) ``[B, T]`` and its own slot ``[T]``, int32.
 
     A padding query's first key lies behind the last slot: it reads nothing.

@@ -70,9 +70,17 @@ def mask_from_kinds(
         lengths: queries and keys of the problem.
         backward: also the lists by key tile, which only a backward pass reads.
     """
-    lists = [torch.ops.mobazoo.tile_list(kinds, kind) for kind in (PARTIAL, FULL)]
+    partial, which_partial = torch.ops.mobazoo.tile_list(kinds, PARTIAL)
+    full, which_full = torch.ops.mobazoo.tile_list(kinds, FULL)
     mask = BlockMask.from_kv_blocks(
-        *lists[0], *lists[1], BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=lengths, compute_q_blocks=False
+        partial,
+        which_partial,
+        full,
+        which_full,
+        BLOCK_SIZE=tile,
+        mask_mod=mask_mod,
+        seq_lengths=lengths,
+        compute_q_blocks=False,
     )
     if backward:  # torch's own transposition takes several int64 tables
         mask.q_num_blocks, mask.q_indices = torch.ops.mobazoo.tile_list(kinds.mT, PARTIAL)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def _call(
 ) -> tuple[Tensor, Tensor | None]:
     # A partition smaller than a tile keeps the CPU from its decoding kernel, which returns uninitialised memory for
     # queries that read nothing.
-    options = {"PARTITION_SIZE": 1} if q.device.type == "cpu" else None
+    options: Any = {"PARTITION_SIZE": 1} if q.device.type == "cpu" else None
     if not want_lse:
         return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options), None
     out, aux = flex_attention(
