@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from mobazoo.attention.routing import Routes, query_slots
+from mobazoo.attention.routing import Routes
 from mobazoo.attention.segments import Segments
 from mobazoo.attention.tiles import (
     EMPTY,
@@ -54,7 +54,15 @@ def block_mask(
         backward: also the lists that only a backward pass reads.
     """
     tile = tile or tile_shape(routes, segments, length)
-    first, last = own_range(routes, segments, length, q_start)
+    first, last, block = torch.ops.mobazoo.token_tables(
+        segments.doc,
+        segments.pos,
+        routes.start if routes else None,
+        routes.block_size if routes else 0,
+        length,
+        0 if isinstance(q_start, Tensor) else q_start,
+        q_start if isinstance(q_start, Tensor) else None,
+    )
     kinds = torch.ops.mobazoo.tile_kinds(
         routes.index if routes else None,
         routes.start if routes else None,
@@ -64,7 +72,7 @@ def block_mask(
         segments.length,
         *tile,
     )
-    visible = _token_mask(routes, segments, first, last)
+    visible = _token_mask(routes, first, last, block)
     return mask_from_kinds(kinds, visible, tile, (length, segments.length), backward)
 
 
@@ -92,18 +100,7 @@ def tile_density(routes: Routes, segments: Segments, length: int, q_start: int |
     return tables[0] / tables[1].clamp(min=1)
 
 
-def own_range(routes: Routes | None, segments: Segments, length: int, q_start: int | Tensor) -> tuple[Tensor, Tensor]:
-    """First key of each query's own block (document, for full attention) ``[B, T]`` and its own slot ``[T]``, int32.
-
-    A padding query's first key lies behind the last slot: it reads nothing.
-    """
-    slot = query_slots(segments, length, q_start)
-    pos, doc = segments.pos[:, slot], segments.doc[:, slot]
-    first = slot - (pos % routes.block_size if routes else pos)
-    return torch.where(doc >= 0, first, segments.length).to(torch.int32), slot.to(torch.int32)
-
-
-def _token_mask(routes: Routes | None, segments: Segments, first: Tensor, last: Tensor) -> MaskMod:
+def _token_mask(routes: Routes | None, first: Tensor, last: Tensor, block: Tensor) -> MaskMod:
     """Visibility of one pair. Blocks lie in one document and behind their readers, so neither is asked again."""
     width = routes.index.shape[3] if routes else 0
 
@@ -113,7 +110,6 @@ def _token_mask(routes: Routes | None, segments: Segments, first: Tensor, last: 
     if routes is None or width == 0:
         return own
     index = routes.index
-    block = _block_of_key(routes, segments)
 
     def own_or_routed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         seen = own(b, h, q, kv)
@@ -124,16 +120,55 @@ def _token_mask(routes: Routes | None, segments: Segments, first: Tensor, last: 
     return own_or_routed
 
 
-def _block_of_key(routes: Routes, segments: Segments) -> Tensor:
-    """``[B, S]`` int32, the number of the block that each slot belongs to, for blocks in any order."""
-    batch, slots = segments.batch, segments.length
-    start = routes.start
+# Opaque for another reason than the next: FlexAttention's CPU kernel takes what a token mask captures only from memory,
+# and these would be fused into the graph.
+@torch.library.custom_op("mobazoo::token_tables", mutates_args=())
+def _token_tables(
+    doc: Tensor,
+    pos: Tensor,
+    start: Tensor | None,
+    block_size: int,
+    length: int,
+    q_start: int,
+    q_start_tensor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the token mask looks up, all int32.
+
+    First key of each query's own block (document, for full attention) ``[B, T]``, its own slot ``[T]``, and the block
+    of each slot ``[B, S]`` (``[B, 0]`` for full attention). A padding query's first key lies behind the last slot.
+    """
+    slots = doc.shape[1]
+    slot = torch.arange(length, device=doc.device) + (q_start if q_start_tensor is None else q_start_tensor)
+    first = slot - (pos[:, slot] % block_size if block_size else pos[:, slot])
+    first = torch.where(doc[:, slot] >= 0, first, slots).to(torch.int32)
+    block = first.new_empty(doc.shape[0], 0) if start is None else _block_of_slot(start, block_size, slots)
+    return first, slot.to(torch.int32), block
+
+
+@_token_tables.register_fake
+def _(
+    doc: Tensor,
+    pos: Tensor,
+    start: Tensor | None,
+    block_size: int,
+    length: int,
+    q_start: int,
+    q_start_tensor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, slots = doc.shape
+    shapes = ((batch, length), (length,), (batch, 0 if start is None else slots))
+    first, last, block = (torch.empty(shape, dtype=torch.int32, device=doc.device) for shape in shapes)
+    return first, last, block
+
+
+def _block_of_slot(start: Tensor, block_size: int, slots: int) -> Tensor:
+    """The number of the block ``[B, S]`` that each slot belongs to, for blocks ``[B, N]`` in any order."""
     number = torch.arange(start.shape[1], dtype=torch.int32, device=start.device).expand_as(start)
-    at = torch.full((batch, slots + 1), _NO_BLOCK, dtype=torch.int32, device=start.device)
-    at = at.scatter(1, torch.where(start < 0, slots, start).long(), number)[:, :slots]
-    slot = torch.arange(slots, device=start.device).expand(batch, -1)
-    begin = torch.where(at >= 0, slot, -routes.block_size).cummax(1).values
-    return torch.where(slot - begin < routes.block_size, at.gather(1, begin.clamp(min=0)), _NO_BLOCK)
+    at = torch.full((start.shape[0], slots + 1), _NO_BLOCK, dtype=torch.int32, device=start.device)
+    at = at.scatter_(1, torch.where(start < 0, slots, start).long(), number)[:, :slots]
+    slot = torch.arange(slots, device=start.device).expand_as(at)
+    begin = torch.where(at >= 0, slot, -block_size).cummax(1).values
+    return torch.where(slot - begin < block_size, at.gather(1, begin.clamp(min=0)), _NO_BLOCK)
 
 
 @torch.library.custom_op("mobazoo::tile_kinds", mutates_args=())

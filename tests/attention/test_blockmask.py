@@ -85,7 +85,7 @@ def check(routes: Routes | None, segments: Segments, length: int, q_start: int |
 @pytest.mark.parametrize("top_k", [1, 2, 3, 50])
 def test_tiles_are_those_of_the_token_mask(case: str, block_size: int, top_k: int) -> None:
     routes, *rest = routes_for(case, block_size, top_k)
-    for tile in [(128, 128), (16, 32)]:
+    for tile in [(128, 128)] if block_size == 1 else [(128, 128), (16, 32)]:
         check(routes, *rest, tile)
 
 

@@ -31,14 +31,17 @@ def unsupported(problem: Problem) -> str | None:
     if problem.device == "cuda":
         if problem.head_dim not in _CUDA_HEAD_DIMS:
             return f"FlexAttention needs a head dim of 16 to 256 on CUDA, got {problem.head_dim}"
-        return None if find_spec("triton") else "FlexAttention needs the package triton on CUDA"
+        return _constant_missing("cuda")
     if problem.grad:
         return "FlexAttention has no backward on a CPU; detach q, k and v or use torch.no_grad()"
-    return _missing_on_cpu()
+    return _constant_missing("cpu")
 
 
 @cache
-def _missing_on_cpu() -> str | None:
+def _missing(device: str) -> str | None:
+    """What this machine lacks to compile FlexAttention, found out once."""
+    if device == "cuda":
+        return None if find_spec("triton") else "FlexAttention needs the package triton on CUDA"
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
         return f"FlexAttention needs AVX2 on a CPU, this one has {capability}"
@@ -46,6 +49,14 @@ def _missing_on_cpu() -> str | None:
     if shutil.which(compiler) is None:
         return f"FlexAttention needs a C++ compiler on a CPU and {compiler!r} is not there; install it or set CXX"
     return None
+
+
+def _constant_missing(device: str) -> str | None:
+    return _missing(device)
+
+
+# A compiler cannot trace the search, nor need it: the machine does not change between tracing a model and running it.
+torch.compiler.assume_constant_result(_constant_missing)
 
 
 def flex(
@@ -64,7 +75,8 @@ def flex(
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         q, k, v = q.detach(), k.detach(), v.detach()  # flex refuses a leaf on a CPU even under no_grad
     if torch.compiler.is_compiling():
-        return _call(q, k, v, mask, scale, want_lse)
+        out, lse = _call(q, k, v, mask, scale, want_lse)
+        return (torch.ops.mobazoo.unfused(out) if out.device.type == "cpu" else out), lse
     (batch, hq, length, dim), (_, hkv, slots, _) = q.shape, k.shape
     # All that a compilation is for: what FlexAttention or the compiler fix, and which sizes are 1 or the same.
     key = (
@@ -72,7 +84,7 @@ def flex(
         *(mask.BLOCK_SIZE, mask.mask_mod.__code__, *_constants(mask), mask.kv_indices.shape[1] == 1, length == slots),
         *(n == 1 for n in (batch, length, slots, *mask.kv_indices.shape[2:])),
     )
-    return _compiled(key)(q, k, v, mask, scale, want_lse)
+    return _compiled(q.device.type == "cpu", key)(q, k, v, mask, scale, want_lse)
 
 
 def _call(
@@ -95,12 +107,25 @@ def _constants(mask: BlockMask) -> tuple[int, ...]:
     return tuple(value for value in cells if isinstance(value, int))
 
 
+@torch.library.custom_op("mobazoo::unfused", mutates_args=())
+def _unfused(x: Tensor) -> Tensor:
+    """A copy that keeps the compiler from fusing what follows into FlexAttention's CPU kernel, which cannot."""
+    return x.clone()
+
+
+@_unfused.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 @cache
-def _compiled(key: tuple[object, ...]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _compiled(on_cpu: bool, key: tuple[object, ...]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """A compilation of its own for each key.
 
     The compiler counts variants by code object and after eight of them falls back to eager, that is to dense
-    attention, or fails: eight layers that differ would do. So every key gets its own copy of the code.
+    attention, or fails: eight layers that differ would do. So every key gets its own copy of the code. Lengths are
+    variables at once on a CPU. On CUDA they become so at the second length, because kernels for a fixed multiple of
+    128, as training has, do without bounds checks.
     """
     own = FunctionType(_call.__code__.replace(co_name=f"_call_{hash(key)}"), _call.__globals__, "_call")
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    return torch.compile(own, dynamic=True if on_cpu else None, fullgraph=True)
