@@ -72,15 +72,22 @@ def flex(
         scale: of the scores.
         want_lse: also return the natural log-sum-exp, float32 ``[B, Hq, T]`` (not on a CPU).
     """
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-        q, k, v = q.detach(), k.detach(), v.detach()  # flex refuses a leaf on a CPU even under no_grad
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _run(q, k, v, mask, scale, want_lse)
+    with torch.no_grad():  # one variant for inference; on a CPU leaves are refused even so
+        return _run(q.detach(), k.detach(), v.detach(), mask, scale, want_lse)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     if torch.compiler.is_compiling():
         out, lse = _call(q, k, v, mask, scale, want_lse)
         return (torch.ops.mobazoo.unfused(out) if out.device.type == "cpu" else out), lse
     (batch, hq, length, dim), (_, hkv, slots, _) = q.shape, k.shape
     # All that a compilation is for: what FlexAttention or the compiler fix, and which sizes are 1 or the same.
     key = (
-        *(q.device, q.dtype, hq, hkv, dim, want_lse, q.requires_grad, k.requires_grad, v.requires_grad),
+        *(q.device, q.dtype, hq, hkv, dim, scale, want_lse, q.requires_grad, k.requires_grad, v.requires_grad),
         *(mask.BLOCK_SIZE, mask.mask_mod.__code__, *_constants(mask), mask.kv_indices.shape[1] == 1, length == slots),
         *(n == 1 for n in (batch, length, slots, *mask.kv_indices.shape[2:])),
     )
