@@ -110,7 +110,7 @@ def test_a_wrong_tile_list_gives_a_wrong_answer() -> None:
 
 @needs_cpu_kernel
 def test_lengths_share_compilations() -> None:
-    """One for T == S and one for T < S; the two lengths first seen here have other numbers of tiles than rows."""
+    """One for T == S and one for T < S; sizes that happen to be equal at first (tiles and heads, say) cost another."""
 
     def compilations(lengths: range) -> int:
         for length in lengths:
@@ -120,7 +120,7 @@ def test_lengths_share_compilations() -> None:
                 attend(q, k, v, pattern=MoBA(64, 3), backend="flex", segments=segments)
         return int(counters["stats"]["unique_graphs"])
 
-    before = compilations(range(450, 500, 49))
+    before = compilations(range(900, 901))
     assert compilations(range(260, 700, 55)) == before
 
 

@@ -50,11 +50,17 @@ def rows(name: str) -> tuple[Segments, int, int]:
 
 @pytest.mark.parametrize("case", ["whole", "packed", "shard"])
 @pytest.mark.parametrize(("block_size", "top_k"), [(7, 3), (64, 1), (64, 2), (64, 3), (100, 2), (128, 3), (301, 2)])
-@pytest.mark.parametrize("slab_bytes", [1 << 30, 1])
-def test_forward_and_backward_in_float64(
-    case: str, block_size: int, top_k: int, slab_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flex_routed, "_SLAB_BYTES", slab_bytes)
+def test_forward_and_backward_in_float64(case: str, block_size: int, top_k: int) -> None:
+    check(case, block_size, top_k)
+
+
+@pytest.mark.parametrize("case", ["whole", "packed", "shard"])
+def test_slabs_change_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex_routed, "_SLAB_BYTES", 1)
+    check(case, 64, 3)
+
+
+def check(case: str, block_size: int, top_k: int) -> None:
     segments, length, q_start = rows(case)
     torch.manual_seed(block_size + top_k)
     hq, hkv, dim = (6, 2, 8) if case == "whole" else (2, 2, 8)

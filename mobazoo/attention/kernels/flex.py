@@ -28,13 +28,14 @@ def unsupported(problem: Problem) -> str | None:
         return f"FlexAttention is compiled for CPUs and CUDA only, not for {problem.device}"
     if problem.dtype not in _DTYPES:
         return f"FlexAttention computes in float32, float16 and bfloat16, not in {problem.dtype}"
+    tracing = torch.compiler.is_compiling()  # cannot look for tools, and has them if it gets anywhere
     if problem.device == "cuda":
         if problem.head_dim not in _CUDA_HEAD_DIMS:
             return f"FlexAttention needs a head dim of 16 to 256 on CUDA, got {problem.head_dim}"
-        return _constant_missing("cuda")
+        return None if tracing else _missing("cuda")
     if problem.grad:
         return "FlexAttention has no backward on a CPU; detach q, k and v or use torch.no_grad()"
-    return _constant_missing("cpu")
+    return None if tracing else _missing("cpu")
 
 
 @cache
@@ -49,14 +50,6 @@ def _missing(device: str) -> str | None:
     if shutil.which(compiler) is None:
         return f"FlexAttention needs a C++ compiler on a CPU and {compiler!r} is not there; install it or set CXX"
     return None
-
-
-def _constant_missing(device: str) -> str | None:
-    return _missing(device)
-
-
-# A compiler cannot trace the search, nor need it: the machine does not change between tracing a model and running it.
-torch.compiler.assume_constant_result(_constant_missing)
 
 
 def flex(
