@@ -1,0 +1,131 @@
+"""FlexAttention, always compiled: run eagerly it ignores the tile lists and builds the T x S scores."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from mobazoo.attention.problem import Problem
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Triton multiplies tiles of at least 16; wider heads than 256 have no tuned configuration.
+_CUDA_HEAD_DIMS = range(16, 257)
+
+
+def unsupported(problem: Problem) -> str | None:
+    """What keeps compiled FlexAttention from a problem, with what to use instead."""
+    if problem.device not in ("cpu", "cuda"):
+        return f"FlexAttention is compiled for CPUs and CUDA only, not for {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"FlexAttention computes in float32, float16 and bfloat16, not in {problem.dtype}"
+    tracing = torch.compiler.is_compiling()  # cannot look for tools, and has them if it gets anywhere
+    if problem.device == "cuda":
+        if problem.head_dim not in _CUDA_HEAD_DIMS:
+            return f"FlexAttention needs a head dim of 16 to 256 on CUDA, got {problem.head_dim}"
+        return None if tracing else _missing("cuda")
+    if problem.grad:
+        return "FlexAttention has no backward on a CPU; detach q, k and v or use torch.no_grad()"
+    return None if tracing else _missing("cpu")
+
+
+@cache
+def _missing(device: str) -> str | None:
+    """What this machine lacks to compile FlexAttention, found out once."""
+    if device == "cuda":
+        return None if find_spec("triton") else "FlexAttention needs the package triton on CUDA"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX"):
+        return f"FlexAttention needs AVX2 on a CPU, this one has {capability}"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"FlexAttention needs a C++ compiler on a CPU and {compiler!r} is not there; install it or set CXX"
+    return None
+
+
+def flex(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, *, want_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention under a block mask; a query that reads nothing gives zeros and a log-sum-exp of ``-inf``.
+
+    Args:
+        q: ``[B, Hq, T, D]``.
+        k: ``[B, Hkv, S, D]``, never repeated or copied; ``Hq`` a multiple of ``Hkv``.
+        v: ``[B, Hkv, S, D]``.
+        mask: for ``T`` queries and ``S`` keys, with the lists by key tile if a backward may follow.
+        scale: of the scores.
+        want_lse: also return the natural log-sum-exp, float32 ``[B, Hq, T]`` (not on a CPU).
+    """
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _run(q, k, v, mask, scale, want_lse)
+    with torch.no_grad():  # one variant for inference; on a CPU leaves are refused even so
+        return _run(q.detach(), k.detach(), v.detach(), mask, scale, want_lse)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    if torch.compiler.is_compiling():
+        out, lse = _call(q, k, v, mask, scale, want_lse)
+        return (torch.ops.mobazoo.unfused(out) if out.device.type == "cpu" else out), lse
+    (batch, hq, length, dim), (_, hkv, slots, _) = q.shape, k.shape
+    # All that a compilation is for: what FlexAttention or the compiler fix, and which sizes are 1 or the same.
+    key = (
+        *(q.device, q.dtype, hq, hkv, dim, scale, want_lse, q.requires_grad, k.requires_grad, v.requires_grad),
+        *(mask.BLOCK_SIZE, mask.mask_mod.__code__, *_constants(mask), mask.kv_indices.shape[1] == 1, length == slots),
+        *(n == 1 for n in (batch, length, slots, *mask.kv_indices.shape[2:])),
+    )
+    return _compiled(q.device.type == "cpu", key)(q, k, v, mask, scale, want_lse)
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    # A partition smaller than a tile keeps the CPU from its decoding kernel, which returns uninitialised memory for
+    # queries that read nothing.
+    options: Any = {"PARTITION_SIZE": 1} if q.device.type == "cpu" else None
+    if not want_lse:
+        return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options), None
+    out, aux = flex_attention(
+        q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options, return_aux=AuxRequest(lse=True)
+    )
+    return out, aux.lse
+
+
+def _constants(mask: BlockMask) -> tuple[int, ...]:
+    """Host numbers that the token mask was built for, which are compiled into it."""
+    cells = (cell.cell_contents for cell in mask.mask_mod.__closure__ or ())
+    return tuple(value for value in cells if isinstance(value, int))
+
+
+@torch.library.custom_op("mobazoo::unfused", mutates_args=())
+def _unfused(x: Tensor) -> Tensor:
+    """A copy that keeps the compiler from fusing what follows into FlexAttention's CPU kernel, which cannot."""
+    return x.clone()
+
+
+@_unfused.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@cache
+def _compiled(on_cpu: bool, key: tuple[object, ...]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """A compilation of its own for each key.
+
+    The compiler counts variants by code object and after eight of them falls back to eager, that is to dense
+    attention, or fails: eight layers that differ would do. So every key gets its own copy of the code. Lengths are
+    variables at once on a CPU. On CUDA they become so at the second length, because kernels for a fixed multiple of
+    128, as training has, do without bounds checks.
+    """
+    own = FunctionType(_call.__code__.replace(co_name=f"_call_{hash(key)}"), _call.__globals__, "_call")
+    return torch.compile(own, dynamic=True if on_cpu else None, fullgraph=True)
