@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import torch
@@ -128,11 +129,8 @@ def check(case: Case, provider: Provider | None = None, segments: Segments | Non
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("block_size", [0, 1, 7, 64, 100])
-@pytest.mark.parametrize("top_k", [1, 2, 3, 50])
+@pytest.mark.parametrize(("block_size", "top_k"), [(0, 1), *product((1, 7, 64, 100), (1, 2, 3, 50))])
 def test_matches_reference(rows: str, block_size: int, top_k: int) -> None:
-    if block_size == 0 and top_k > 1:
-        pytest.skip("full attention has no top_k")
     check(Case(rows, block_size=block_size, top_k=top_k))
 
 
@@ -227,13 +225,13 @@ FAKE = [
 ]
 
 
-def on_gpu(x: Tensor) -> Tensor:
-    """Same shape and strides, under a fake tensor mode."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+def hollow(x: Tensor) -> Tensor:
+    """Same shape and strides, without data under a fake tensor mode."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
 
 
 @pytest.mark.parametrize("case", FAKE, ids=str)
-@pytest.mark.parametrize("bound", [20_000, 512 << 20])
+@pytest.mark.parametrize("bound", [80_000, 512 << 20])
 def test_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, case: Case, bound: int) -> None:
     """Tensors that hold no data cannot be read by the host; the calls also bind to PyTorch's real operators."""
     monkeypatch.setattr(slabs, "SLAB_BYTES", bound)
@@ -241,9 +239,9 @@ def test_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, case: Case,
     segments = segments_of(case.rows)
     layout = layout_of(case, segments, routes_of(case, q, k, segments))
     with FakeTensorMode():
-        fake = {name: on_gpu(x) for name in layout.__slots__ if isinstance(x := getattr(layout, name), Tensor)}
+        fake = {name: hollow(x) for name in layout.__slots__ if isinstance(x := getattr(layout, name), Tensor)}
         layout = replace(layout, **fake)
-        q, k, v, dout = map(on_gpu, (q, k, v, dout))
+        q, k, v, dout = map(hollow, (q, k, v, dout))
         with pytest.raises(DataDependentOutputException):
             layout.doc.max().item()
         out, lse = varlen.forward(q, k, v, layout, 0.3, Fitted(Aten()))
@@ -251,4 +249,4 @@ def test_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, case: Case,
         assert (lse.shape, lse.dtype, lse.is_contiguous()) == (q.shape[:3], torch.float32, True)
         grads = varlen.backward(dout, q, k, v, out, lse, layout, 0.3, Fitted(Aten()))
         for grad, x in zip(grads, (q, k, v), strict=True):
-            assert (grad.shape, grad.dtype, grad.is_contiguous(), grad.device.type) == (x.shape, x.dtype, True, "cuda")
+            assert (grad.shape, grad.dtype, grad.is_contiguous()) == (x.shape, x.dtype, True)
