@@ -250,3 +250,22 @@ def test_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, case: Case,
         grads = varlen.backward(dout, q, k, v, out, lse, layout, 0.3, Fitted(Aten()))
         for grad, x in zip(grads, (q, k, v), strict=True):
             assert (grad.shape, grad.dtype, grad.is_contiguous()) == (x.shape, x.dtype, True)
+
+
+@pytest.mark.parametrize("block_size", [0, 7])
+def test_padding_is_never_looked_at(block_size: int) -> None:
+    """NaN in every tensor at padding, and routes that name blocks there, change no bit anywhere."""
+    case = Case("padded", block_size=block_size)
+    tensors, segments = tensors_of(case), segments_of(case.rows)
+    routes = routes_of(case, *tensors[:2], segments)
+    padding = segments.doc < 0
+    results = []
+    for poisoned in (False, True):
+        q, k, v, dout = (x.masked_fill(padding[:, None, :, None], torch.nan) if poisoned else x for x in tensors)
+        if poisoned and routes is not None:
+            routes = replace(routes, index=routes.index.masked_fill(padding[:, None, :, None], 0))
+        layout = layout_of(case, segments, routes)
+        out, lse = varlen.forward(q, k, v, layout, 0.3, Stub())
+        results.append((out, lse, *varlen.backward(dout, q, k, v, out, lse, layout, 0.3, Stub())))
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned)

@@ -34,11 +34,12 @@ class Sequences(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """The routed pass of some queries: entry ``e`` of ``sequences`` is entry ``order[e]`` of the routes."""
+    """The routed pass of some queries; entries are those of their routes, ``[P, G, t, K - 1]``, in all ``E``."""
 
-    sequences: Sequences
-    order: Tensor  # [E] int64, routes' entries by block, empty ones last
-    inverse: Tensor  # [E] int64
+    sequences: Sequences  # over entries in the order of ``order``
+    order: Tensor  # [E] int64, entries by the block they name, empty ones last and in no run
+    place: Tensor  # [P, G, t, K - 1] int64, where in ``order`` each entry stands
+    chosen: Tensor  # [P, G, t, K - 1] bool, which entries name a block
 
 
 def own_runs(slots: int, block_size: int, max_docs: int) -> int:
@@ -107,11 +108,14 @@ def routed_runs(blocks: int, *, whole: bool) -> int:
     return blocks + 1 if whole else 2 * blocks + 1
 
 
-def routed_sequences(index: Tensor, start: Tensor, slots: int, heads: int, block_size: int, *, whole: bool) -> Routed:
+def routed_sequences(
+    index: Tensor, real: Tensor, start: Tensor, slots: int, heads: int, block_size: int, *, whole: bool
+) -> Routed:
     """Queries grouped by the block they chose, each block one run of keys, in place.
 
     Args:
         index: ``[R, Hq, t, K - 1]``, ``Routes.index`` of some queries; ``Hq`` is a multiple of ``heads``.
+        real: ``[P, 1, t]`` bool; entries of the other queries, padding, are dropped.
         start: ``[R, n]``, first slots of the blocks those queries may read, ascending, -1 at the end is unused.
         slots: ``L``, keys of a pair.
         heads: key heads; pairs are ``R * heads``.
@@ -129,17 +133,17 @@ def routed_sequences(index: Tensor, start: Tensor, slots: int, heads: int, block
         edges = torch.cat([ends.new_zeros(rows, 1), ends], dim=1)
         runs_of_block, first_run = 2, 1
     pairs, runs = rows * heads, routed_runs(n, whole=whole)
-    chosen = index.reshape(pairs, -1).int()
-    base = torch.arange(pairs, dtype=torch.int32, device=device)[:, None] * runs
-    run = torch.where(chosen >= 0, base + chosen * runs_of_block + first_run, pairs * runs)
+    block = index.reshape(pairs, -1, *index.shape[2:]).int()  # [P, G, t, K - 1]
+    chosen = (block >= 0) & real[..., None]
+    base = torch.arange(pairs, dtype=torch.int32, device=device).view(-1, 1, 1, 1) * runs + first_run
+    run = torch.where(chosen, base + block * runs_of_block, pairs * runs)
     grouped, order = run.flatten().sort(stable=True)
-    entry = torch.arange(order.shape[0], device=device)
-    inverse = torch.empty_like(order).scatter_(0, order, entry)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=device))
     every = torch.arange(pairs * runs + 1, dtype=torch.int32, device=device)
     cu_q = torch.searchsorted(grouped, every, out_int32=True)
     cu_k = _over_pairs(edges, heads, slots)
     most = index.shape[1] // heads * index.shape[2]  # a query head reads a block once
-    return Routed(Sequences(cu_q, cu_k, most, block_size, causal=False), order, inverse)
+    return Routed(Sequences(cu_q, cu_k, most, block_size, causal=False), order, place.view(chosen.shape), chosen)
 
 
 def read_keys(sequences: Sequences, keys: int) -> Tensor:

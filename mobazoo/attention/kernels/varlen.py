@@ -83,10 +83,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, provi
             merged = torch.where(real[..., None], merged, 0.0).to(wide)
             merged_lse = torch.where(real, merged_lse, _NOTHING).to(wide)
             if shape.parts:
-                routed_pass, routed = _routed_pass(k, v, layout, slab, flat)
+                routed_pass, routed = _routed_pass(k, v, layout, slab, flat, real)
                 gathered = _rows(queries).index_select(0, routed.order // shape.parts)
                 part, stats = _attend(provider, gathered[:, None], routed_pass, scale)
-                merged, merged_lse = _merge(merged, merged_lse, part[:, 0], stats[0], routed, layout, slab)
+                merged, merged_lse = _merge(merged, merged_lse, part[:, 0], stats[0], routed)
             out[slab.rows, slab.queries, slab.tokens] = merged.reshape(queries.shape).to(q.dtype)
             lse[slab.rows, slab.queries, slab.tokens] = merged_lse.reshape(queries.shape[:3])
     return out, lse
@@ -124,23 +124,19 @@ def backward(
         sums = tuple(torch.zeros(x[rows, heads].shape, dtype=wide, device=x.device) for x in (k, v))
         for slab in group:
             at = (slab.rows, slab.queries, slab.tokens)
-            # +inf makes every probability of a query that reads nothing zero.
-            stats = torch.where(lse[at] == _NOTHING, float("inf"), lse[at])
-            tensors = [x[at] for x in (dout, q, out)]
+            tensors, stats, real = [x[at] for x in (dout, q, out)], lse[at], _real(layout, slab)
             own = _own_pass(k, v, layout, slab, flat)
             by_token = [_by_token(x, slab.pairs) for x in tensors]
             part = _gradient(provider, by_token, _by_token(stats, slab.pairs).mT, own, sums, scale)
-            summed = torch.where(_real(layout, slab)[..., None], _from_token(part, slab.pairs), 0.0).to(wide)
+            summed = torch.where(real[..., None], _from_token(part, slab.pairs), 0.0).to(wide)
             if shape.parts:
-                routed_pass, routed = _routed_pass(k, v, layout, slab, flat)
+                routed_pass, routed = _routed_pass(k, v, layout, slab, flat, real)
                 row = routed.order // shape.parts
                 gathered = [_rows(x).index_select(0, row)[:, None] for x in tensors]
                 gathered_stats = stats.flatten().index_select(0, row)[None]
                 part = _gradient(provider, gathered, gathered_stats, routed_pass, sums, scale)
-                chosen, place = _entries(routed, layout, slab)
                 for i in range(shape.parts):
-                    read = chosen[..., i, None] & _real(layout, slab)[..., None]
-                    summed += torch.where(read, part[:, 0][place[..., i]], 0.0)
+                    summed += torch.where(routed.chosen[..., i, None], part[:, 0][routed.place[..., i]], 0.0)
             dq[at] = summed.reshape(tensors[0].shape).to(q.dtype)
         dk[rows, heads], dv[rows, heads] = sums
     return dq, dk, dv
@@ -214,7 +210,7 @@ def _own_pass(k: Tensor, v: Tensor, layout: Layout, slab: Slab, flat: bool) -> P
     return Pass(keys, values, span, sequences)
 
 
-def _routed_pass(k: Tensor, v: Tensor, layout: Layout, slab: Slab, flat: bool) -> tuple[Pass, Routed]:
+def _routed_pass(k: Tensor, v: Tensor, layout: Layout, slab: Slab, flat: bool, real: Tensor) -> tuple[Pass, Routed]:
     assert layout.index is not None  # for the type checker: there are parts
     assert layout.start is not None
     end = layout.q_start + slab.tokens.stop
@@ -224,6 +220,7 @@ def _routed_pass(k: Tensor, v: Tensor, layout: Layout, slab: Slab, flat: bool) -
     blocks = min(layout.start.shape[1], reach // layout.block_size)
     routed = routed_sequences(
         layout.index[slab.rows, slab.queries, slab.tokens],
+        real,
         layout.start[slab.rows, :blocks],
         span.stop,
         slab.heads.stop - slab.heads.start,
@@ -250,25 +247,14 @@ def _gradient(
     return dq
 
 
-def _entries(routed: Routed, layout: Layout, slab: Slab) -> tuple[Tensor, Tensor]:
-    """Which routes are not empty, and where their results stand: both ``[P, G, t, K - 1]``."""
-    assert layout.index is not None
-    index = layout.index[slab.rows, slab.queries, slab.tokens]
-    shape = (slab.pairs, -1, *index.shape[2:])
-    return index.reshape(shape) >= 0, routed.inverse.view(shape)
-
-
-def _merge(
-    own: Tensor, own_lse: Tensor, part: Tensor, stats: Tensor, routed: Routed, layout: Layout, slab: Slab
-) -> tuple[Tensor, Tensor]:
+def _merge(own: Tensor, own_lse: Tensor, part: Tensor, stats: Tensor, routed: Routed) -> tuple[Tensor, Tensor]:
     """One softmax over the own block ``[P, G, t, D]`` and the blocks read ``part`` [E, D], in float32."""
-    chosen, place = _entries(routed, layout, slab)
-    chosen = chosen & (own_lse != _NOTHING)[..., None]
-    each = torch.cat([own_lse[..., None], torch.where(chosen, stats[place], _NOTHING)], dim=-1)  # [P, G, t, K]
+    of_blocks = torch.where(routed.chosen, stats[routed.place], _NOTHING)
+    each = torch.cat([own_lse[..., None], of_blocks], dim=-1)  # [P, G, t, K]
     lse = each.logsumexp(-1)
     weight = (each - torch.where(lse == _NOTHING, 0.0, lse)[..., None]).exp()
     merged = own * weight[..., :1]
-    for i in range(place.shape[-1]):
-        read = torch.where(chosen[..., i, None], part[place[..., i]], 0.0)
+    for i in range(of_blocks.shape[-1]):
+        read = torch.where(routed.chosen[..., i, None], part[routed.place[..., i]], 0.0)
         merged.addcmul_(read.to(merged.dtype), weight[..., i + 1, None])
     return merged, lse
