@@ -26,6 +26,15 @@ CASES = (
 RELEASES = {"2.6": fake_flash_attn.release_2_6, "2.8": fake_flash_attn.release_2_8}
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of small operations: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run(case: Case, provider: Provider) -> tuple[Tensor, ...]:
     q, k, v, dout = (x.bfloat16() for x in tensors_of(case))
     segments = segments_of(case.rows)
