@@ -37,7 +37,8 @@ class Routes:
 
     Attributes:
         index: ``[B, Hq, T, top_k - 1]`` int32 (int16 where it fits), best score first, ``-1`` is an empty slot.
-        start: ``[B, N]`` int32; block ``n`` is the slots ``start[n] .. start[n] + block_size - 1``.
+        start: ``[B, N]`` int32; block ``n`` is the slots ``start[n] .. start[n] + block_size - 1``. Ascending, and -1
+            at the end where a row has fewer blocks.
         block_size: tokens in a block.
     """
 

@@ -1,6 +1,6 @@
 """Full and block attention by flash kernels: an own-block pass and a routed pass, merged by log-sum-exp.
 
-One opaque operator each way, so that a fullgraph model may use it; which kernel provider runs is chosen by device.
+One opaque operator each way, so that a fullgraph model may use it; the schedule and the kernel are chosen by device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobazoo.attention.kernels import cpu
+from mobazoo.attention.kernels import cpu, providers, varlen
 from mobazoo.attention.problem import Problem
 from mobazoo.attention.routing import Routes
 from mobazoo.attention.segments import Segments
@@ -20,7 +20,7 @@ def unsupported(problem: Problem) -> str | None:
     """A CPU in any floating dtype; CUDA in float16 and bfloat16 with head dims up to 256."""
     if problem.device == "cpu":
         return None
-    return f"flash has no kernel for {problem.device}"
+    return providers.unsupported(problem.device, problem.dtype, problem.head_dim)
 
 
 def run(
@@ -32,8 +32,12 @@ def run(
     routes: Routes | None,
     q_start: int | Tensor,
     scale: float,
+    provider: str = providers.AUTO,
 ) -> Tensor:
-    """Attention over ``routes`` (None: the whole document); see ``attend`` for shapes."""
+    """Attention over ``routes`` (None: the whole document); see ``attend`` for shapes.
+
+    ``provider`` names a CUDA kernel for tests and benchmarks, see ``kernels.providers``; a CPU has one.
+    """
     out, _ = torch.ops.mobazoo.flash(
         q,
         k,
@@ -46,6 +50,10 @@ def run(
         q_start if isinstance(q_start, Tensor) else None,
         routes.block_size if routes else 0,
         scale,
+        segments.max_docs,
+        segments.max_len,
+        segments.whole,
+        provider,
     )
     return out
 
@@ -63,9 +71,17 @@ def _flash(
     q_start_tensor: Tensor | None,
     block_size: int,
     scale: float,
+    max_docs: int,
+    max_len: int,
+    whole: bool,
+    provider: str,
 ) -> tuple[Tensor, Tensor]:
-    first = q_start if q_start_tensor is None else int(q_start_tensor)
-    return cpu.forward(q, k, v, index, start, doc, pos, first, block_size, scale)
+    if q.device.type == "cpu":
+        first = q_start if q_start_tensor is None else int(q_start_tensor)
+        return cpu.forward(q, k, v, index, start, doc, pos, first, block_size, scale)
+    begin = q_start if q_start_tensor is None else q_start_tensor
+    layout = varlen.Layout(doc, pos, index, start, begin, block_size, max_docs, max_len, whole)
+    return varlen.forward(q, k, v, layout, scale, providers.get(provider, q.device.type, q.dtype, q.shape[3]))
 
 
 @_flash.register_fake
@@ -89,9 +105,18 @@ def _flash_backward(
     q_start_tensor: Tensor | None,
     block_size: int,
     scale: float,
+    max_docs: int,
+    max_len: int,
+    whole: bool,
+    provider: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    first = q_start if q_start_tensor is None else int(q_start_tensor)
-    return cpu.backward(dout, q, k, v, out, lse, index, start, doc, pos, first, block_size, scale)
+    if q.device.type == "cpu":
+        first = q_start if q_start_tensor is None else int(q_start_tensor)
+        return cpu.backward(dout, q, k, v, out, lse, index, start, doc, pos, first, block_size, scale)
+    begin = q_start if q_start_tensor is None else q_start_tensor
+    layout = varlen.Layout(doc, pos, index, start, begin, block_size, max_docs, max_len, whole)
+    kernel = providers.get(provider, q.device.type, q.dtype, q.shape[3])
+    return varlen.backward(dout, q, k, v, out, lse, layout, scale, kernel)
 
 
 @_flash_backward.register_fake
@@ -104,19 +129,15 @@ def _rows_like(x: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, index, start, doc, pos, q_start, q_start_tensor, block_size, scale = inputs
+    q, k, v, index, start, doc, pos, q_start, q_start_tensor, *plain = inputs
     ctx.save_for_backward(q, k, v, *output, index, start, doc, pos, q_start_tensor)
-    ctx.ints = (q_start, block_size)
-    ctx.scale = scale
+    ctx.q_start, ctx.plain = q_start, plain
 
 
 def _gradient(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, index, start, doc, pos, q_start_tensor = ctx.saved_tensors
-    q_start, block_size = ctx.ints
-    dq, dk, dv = torch.ops.mobazoo.flash_backward(
-        dout, q, k, v, out, lse, index, start, doc, pos, q_start, q_start_tensor, block_size, ctx.scale
-    )
-    return dq, dk, dv, *[None] * 8
+    *tensors, q_start_tensor = ctx.saved_tensors
+    grads = torch.ops.mobazoo.flash_backward(dout, *tensors, ctx.q_start, q_start_tensor, *ctx.plain)
+    return *grads, *[None] * 12
 
 
 torch.library.register_autograd("mobazoo::flash", _gradient, setup_context=_setup)
