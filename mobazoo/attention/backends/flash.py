@@ -34,6 +34,8 @@ def run(
     scale: float,
 ) -> Tensor:
     """Attention over ``routes`` (None: the whole document); see ``attend`` for shapes."""
+    # Kernels read a head's numbers side by side; the CPU's backward fails on anything else.
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     out, _ = torch.ops.mobazoo.flash(
         q,
         k,

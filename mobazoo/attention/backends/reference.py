@@ -49,6 +49,8 @@ def token_mask(segments: Segments, routes: Routes | None, length: int, q_start: 
         return causal[:, None]
     own = causal & (key >= slot[:, None] - pos % routes.block_size)
     mask = own[:, None].expand(-1, routes.index.shape[1], -1, -1).clone()
+    if routes.start.shape[1] == 0:  # rows shorter than a block: there is nothing to choose from
+        return mask
     for chosen in routes.index.long().unbind(-1):  # [B, Hq, T], one block a query
         start = routes.start[:, None, None, :].expand(*chosen.shape, -1).gather(3, chosen.clamp(min=0)[..., None])
         mask |= (chosen >= 0)[..., None] & (key >= start) & (key < start + routes.block_size)
