@@ -137,14 +137,20 @@ def gamma(n: int) -> float:
 def centroid(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of a block's keys ``[block_size, D]`` as a float64 value in the keys' dtype, and its uncertainty.
 
-    A float32 sum in any order is within ``gamma(block_size)`` of the sum of absolute values. What rounds to one
-    number over that whole interval is certain; elsewhere two neighbours of the keys' dtype are both right.
+    A float32 sum in any order is within ``gamma(block_size)`` of the sum of absolute values, and it is exact where
+    all terms are multiples of one quantum and their absolute sum is below 2**24 of it, as with most 16-bit keys:
+    then the mean is the correctly rounded quotient. What rounds to one number over that whole interval is certain;
+    elsewhere two neighbours of the keys' dtype are both right.
     """
     wide = keys.double()
     if keys.dtype == torch.float64:
         return wide.mean(0), wide.abs().mean(0) * len(keys) * torch.finfo(torch.float64).eps
-    error = gamma(len(keys)) * wide.abs().mean(0)
-    low, high = ((wide.mean(0) + e).to(keys.dtype).double() for e in (-error, error))
+    exponent = torch.where(wide == 0, 1024, torch.frexp(wide).exponent).amin(0)
+    quantum = torch.finfo(keys.dtype).eps * torch.exp2(exponent.double() - 1)
+    exact = wide.abs().sum(0) <= 2**24 * quantum
+    mean = torch.where(exact, wide.mean(0).float().double(), wide.mean(0))
+    error = torch.where(exact, 0.0, gamma(len(keys) + 1) * wide.abs().mean(0))
+    low, high = ((mean + e).to(keys.dtype).double() for e in (-error, error))
     return (low + high) / 2, (high - low) / 2
 
 
@@ -173,7 +179,7 @@ def gate(q: Tensor, k: Tensor, rows: Rows, block_size: int, top_k: int, q_start:
             of_head = []
             for t in range(q.shape[2]):
                 allowed = candidates(slots, q_start + t, block_size)
-                ranked = sorted(allowed, key=lambda s: (score[t][column[s]], s), reverse=True)  # noqa: B023
+                ranked = sorted(allowed, key=lambda s: (score[t][column[s]], s), reverse=True)
                 taken, left = ranked[: top_k - 1], ranked[top_k - 1 :]
                 worst = min((score[t][column[s]] - bound[t][column[s]] for s in taken), default=float("inf"))
                 best = max((score[t][column[s]] + bound[t][column[s]] for s in left), default=float("-inf"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def in_chunks(case: Case, data: Inputs, backend: str, bounds: list[int], *, grad
     """One call per chunk; with ``cut`` a chunk sees the keys up to its own last one, as a growing cache holds them."""
     outs, dqs, dk, dv = [], [], torch.zeros_like(data.k), torch.zeros_like(data.v)
     segments = segments_of(case.rows, str(data.q.device))
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         end = stop if cut else case.slots
         part = queries(data, start, stop)
         part = replace(part, k=part.k[:, :, :end], v=part.v[:, :, :end])
