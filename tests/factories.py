@@ -201,3 +201,16 @@ def padding(rows: tuple[tuple[int, ...], ...]) -> Tensor:
 def at_slots(data: Inputs, row: int, slots: slice) -> Inputs:
     """The inputs of one stretch of one row, as a row of its own."""
     return data.map(lambda x: x[row : row + 1, :, slots])
+
+
+def spy(monkeypatch: Any, owner: Any, name: str, seen: Any) -> list[Any]:
+    """Replaces ``owner.name`` by itself and a note of what ``seen(arguments, result)`` says of every call."""
+    real, notes = getattr(owner, name), []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        notes.append(seen(args, result))
+        return result
+
+    monkeypatch.setattr(owner, name, noted)
+    return notes

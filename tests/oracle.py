@@ -103,7 +103,8 @@ class Attention:
 
     @cached_property
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.autograd.grad(self.out, self._inputs, self.dout.double(), retain_graph=True)
+        dq, dk, dv = torch.autograd.grad(self.out, self._inputs, self.dout.double(), retain_graph=True)
+        return dq, dk, dv
 
     @cached_property
     def magnitudes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -85,8 +87,6 @@ def test_gathering_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_packed_path_equals_whole_path() -> None:
     """The same row, once known to be whole and once not: one table and means that differ by order of sums only."""
-    from dataclasses import replace
-
     case = CASES["whole"]
     k, segments = inputs(case).k, segments_of(case.rows)
     fast, general = (centroids(k, 16, replace(segments, whole=flag)) for flag in (True, False))

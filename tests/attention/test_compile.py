@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,8 +33,6 @@ def _fresh_dynamo() -> Iterator[None]:
 
 
 def with_packing(case: Case, packed: bool) -> Case:
-    from dataclasses import replace
-
     return replace(case, rows=PACKED) if packed else case
 
 
@@ -95,7 +94,9 @@ def test_packed_batches_do_not_recompile_without_end(backend: str, pattern: str)
         fullgraph=True,
     )
     for length in LENGTHS:
-        packed = Case(((length - 30, 30), (-5, length // 2, length - length // 2 - 5)), case.block_size, case.top_k, 4, 2, 16)
+        packed = Case(
+            ((length - 30, 30), (-5, length // 2, length - length // 2 - 5)), case.block_size, case.top_k, 4, 2, 16
+        )
         data = inputs(packed)
         got = compiled(*data.qkv, segments_of(packed.rows))
         assert torch.allclose(got, run(packed, data, "reference").out, atol=1e-4)

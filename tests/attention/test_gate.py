@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,7 @@ MOST_EXCLUDED = 1e-3
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_equals_the_oracle(name: str, dtype: torch.dtype, record_property: pytest.RecordProperty) -> None:
+def test_equals_the_oracle(name: str, dtype: torch.dtype, record_property: Callable[[str, object], None]) -> None:
     case = CASES[name]
     data = inputs(case, dtype)
     got = chosen_by(gate_routes(case, data.q, data.k))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mobazoo.attention import MoBA, Segments, centroids, route, routing
-from tests.factories import Case, gate_routes, inputs, segments_of
+from tests.factories import Case, gate_routes, inputs, segments_of, spy
 
 BLOCK = 4
 
@@ -64,7 +66,7 @@ def test_zero_queries_and_equal_keys(dtype: torch.dtype) -> None:
     """A padding token's query can be exactly zero, and repeated text repeats its keys."""
     case = Case(((130,),), 8, 4, 4, 2, 64)
     data = inputs(case, dtype)
-    latest = [[n for n in range(t // 8 - 1, -1, -1)][:3] for t in range(130)]
+    latest = [list(range(t // 8 - 1, -1, -1))[:3] for t in range(130)]
     latest = [row + [-1] * (3 - len(row)) for row in latest]
     same_keys = data.k[:, :, :8].repeat(1, 1, 17, 1)[:, :, :130]
     for q, k in ((torch.zeros_like(data.q), data.k), (data.q, same_keys)):
@@ -73,43 +75,37 @@ def test_zero_queries_and_equal_keys(dtype: torch.dtype) -> None:
 
 
 @pytest.fixture(params=["cpu", "other device"])
-def tiny_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def _tiny_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the gate work in many chunks, by the branch of a CPU or of a device whose values are not read."""
     monkeypatch.setattr(routing, "_CHUNK_BYTES", {"cpu": 200_000} if request.param == "cpu" else {})
     monkeypatch.setattr(routing, "_CHUNK_BYTES_DEFAULT", 200_000)
     if request.param != "cpu":
         pretend_other_device(monkeypatch)
-    return 200_000
+
+
+class Elsewhere:
+    """A tensor that says it is on another device, whose values the host cannot read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.device, self.dtype = tensor, torch.device("meta"), tensor.dtype
+
+    def __getitem__(self, at: Any) -> Tensor:
+        return self.tensor[at]
 
 
 def pretend_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate's code for devices whose values it must not read, run on the CPU."""
-    chunks, hide = routing._chunks, routing._hide
+    chunks, hide, arange = routing._chunks, routing._hide, torch.arange
 
-    class Elsewhere:
-        """A tensor that says it is not on a CPU and has no values for the host."""
+    def chunks_elsewhere(first: Any, stop: Any, queries: torch.Size, n: int) -> list[tuple[int, int, int, int]]:
+        return chunks(Elsewhere(first), Elsewhere(stop), queries, n)  # type: ignore[arg-type]
 
-        def __init__(self, tensor: torch.Tensor) -> None:
-            self.tensor, self.device, self.dtype = tensor, torch.device("meta"), tensor.dtype
-
-        def __getattr__(self, name: str) -> object:
-            if name in ("tolist", "item", "__int__", "__bool__"):
-                raise AssertionError(f"{name} waits for the device")
-            return getattr(self.tensor, name)
-
-    def hide_elsewhere(
-        keys: torch.Tensor, first: torch.Tensor, stop: torch.Tensor, n0: int, n1: int
-    ) -> None:
-        class Keys(Elsewhere):
-            def __getitem__(self, at: object) -> torch.Tensor:
-                return keys[at]  # type: ignore[index]
-
+    def hide_elsewhere(keys: Any, first: Tensor, stop: Tensor, n0: int, n1: int) -> None:
         with monkeypatch.context() as patch:
-            arange = torch.arange
-            patch.setattr(torch, "arange", lambda *a, device=None, **kw: arange(*a, **kw))
-            hide(Keys(keys), first, stop, n0, n1)  # type: ignore[arg-type]
+            patch.setattr(torch, "arange", lambda *a, device=None: arange(*a))
+            hide(Elsewhere(keys), first, stop, n0, n1)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(routing, "_chunks", lambda first, stop, q, n: chunks(Elsewhere(first), Elsewhere(stop), q, n))
+    monkeypatch.setattr(routing, "_chunks", chunks_elsewhere)
     monkeypatch.setattr(routing, "_hide", hide_elsewhere)
 
 
@@ -122,8 +118,9 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("_tiny_chunks")
 @pytest.mark.parametrize("name", CASES)
-def test_chunks_choose_the_same(name: str, tiny_chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_choose_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random scores, ties across chunk borders, and all ties: identical tables however the work is cut.
 
     Scores are small integers, exact in any order of summation, so that chunks of other shapes compute the same bits.
@@ -132,12 +129,10 @@ def test_chunks_choose_the_same(name: str, tiny_chunks: int, monkeypatch: pytest
     data = inputs(case)
     q, k = data.q.sign(), data.k.round()
     k[..., 1:] = 0  # centroids of quarter integers with one component
-    calls = []
-    chunked = routing._chunks
-    monkeypatch.setattr(routing, "_chunks", lambda *a: calls.append(chunked(*a)) or calls[-1])
+    counts = spy(monkeypatch, routing, "_chunks", lambda _, result: len(result))
     segments = segments_of(case.rows)
     split = [gate_routes(case, x, k, segments).index for x in (q, torch.zeros_like(q))]
-    assert name == "all_empty" or max(map(len, calls)) > 3, "nothing was split"
+    assert name == "all_empty" or max(counts) > 3, "nothing was split"
     monkeypatch.undo()
     whole = [gate_routes(case, x, k, segments).index for x in (q, torch.zeros_like(q))]
     for a, b in zip(split, whole, strict=True):
@@ -160,9 +155,7 @@ def test_key_heads_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(((100,),), 4, 4, 8, 4, 16)
     data = inputs(case)
     want = gate_routes(case, data.q, data.k).index
-    heads = []
-    chunks = routing._chunks
-    monkeypatch.setattr(routing, "_chunks", lambda f, s, shape, n: heads.append(shape[0]) or chunks(f, s, shape, n))
+    heads = spy(monkeypatch, routing, "_chunks", lambda arguments, _: arguments[2][0])
     for most in (1, 3):
         heads.clear()
         monkeypatch.setattr(routing, "_CHUNK_BYTES_DEFAULT", routing._BYTES_PER_SCORE * 25 * 2 * most)

@@ -67,6 +67,4 @@ def test_strided_inputs_match_their_fakes() -> None:
     out, lse = torch.ops.mobazoo.flash(*strided, *rest)
     assert out.is_contiguous()
     assert lse.is_contiguous()
-    torch.library.opcheck(
-        torch.ops.mobazoo.flash_backward, (torch.randn_like(strided[0]), *strided, out, lse, *rest)
-    )
+    torch.library.opcheck(torch.ops.mobazoo.flash_backward, (torch.randn_like(strided[0]), *strided, out, lse, *rest))

@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 import torch
 
-from mobazoo.attention import Routes
+from mobazoo.attention import Routes, attend
 from tests.attention.parity.cases import CORE_FULL, CORE_SPARSE, FULL, SPARSE
-from tests.factories import Case, Inputs, inputs, oracle, random_routes, run
+from tests.factories import Case, Inputs, chosen_by, gate_routes, inputs, oracle, random_routes, run
 from tests.marks import DTYPES, able, on_backends
 from tests.oracle import Attention
 from tests.tolerance import Result, check
@@ -120,8 +120,6 @@ def test_expanded_output_gradient(case: Case, dtype: torch.dtype, backend: str, 
 @pytest.mark.parametrize("backend", able(SPARSE["whole"], grad=True))
 def test_gate_and_attention_together(backend: str) -> None:
     """Without routes ``attend`` is the gate followed by attention over what it chose."""
-    from tests.factories import chosen_by, gate_routes
-
     case = SPARSE["whole"]
     data = inputs(case)
     expected = oracle(case, data, chosen_by(gate_routes(case, data.q, data.k)))
@@ -133,8 +131,6 @@ def test_gate_and_attention_together(backend: str) -> None:
 @pytest.mark.parametrize("backend", able(SPARSE["whole"], grad=True))
 def test_one_gradient_at_a_time(backend: str, needed: str) -> None:
     """Frozen projections ask for some gradients only."""
-    from mobazoo.attention import attend
-
     case = SPARSE["whole"]
     data, routes, expected, reference = truth(case, torch.float32, "cpu")
     leaves = {n: getattr(data, n).detach().requires_grad_(n == needed) for n in "qkv"}
