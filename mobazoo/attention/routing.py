@@ -100,7 +100,7 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int) -> Tenso
 
     ``first`` and ``stop`` are ``[B, T]`` and do not decrease along a row.
     """
-    batch, hq, length, _ = q.shape
+    batch, hq, length, dim = q.shape
     hkv, n = mean.shape[1], mean.shape[2]
     index = torch.full((batch, hq, length, k), EMPTY, dtype=_index_dtype(n), device=q.device)
     if k == 0 or n == 0:
@@ -109,8 +109,8 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int) -> Tenso
         keep_heap()
     group = hq // hkv
     grouped = index.unflatten(1, (hkv, group))  # [B, Hkv, G, T, K - 1]
-    # Key heads together where one query's scores of all heads are small, else a few at a time.
-    heads = max(1, min(hkv, _CHUNK_BYTES_DEFAULT // (_BYTES_PER_SCORE * n * group)))
+    # Key heads together where one query's scores and the centroids' float32 copy are small, else a few at a time.
+    heads = max(1, min(hkv, _CHUNK_BYTES_DEFAULT // (n * (_BYTES_PER_SCORE * group + 4 * dim))))
     for b, j in product(range(batch), range(0, hkv, heads)):
         centroid = mean[b, j : j + heads].float().transpose(1, 2)  # [h, D, N]
         queries = q[b].unflatten(0, (hkv, group))[j : j + heads]  # [h, G, T, D]

@@ -158,7 +158,7 @@ def test_key_heads_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     heads = spy(monkeypatch, routing, "_chunks", lambda arguments, _: arguments[2][0])
     for most in (1, 3):
         heads.clear()
-        monkeypatch.setattr(routing, "_CHUNK_BYTES_DEFAULT", routing._BYTES_PER_SCORE * 25 * 2 * most)
+        monkeypatch.setattr(routing, "_CHUNK_BYTES_DEFAULT", 25 * (routing._BYTES_PER_SCORE * 2 + 4 * 16) * most)
         got = gate_routes(case, data.q, data.k).index
         assert max(heads) <= most
         assert torch.equal(got, want)

@@ -18,7 +18,7 @@ from tests.tolerance import check
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the chunks that ran, under a budget that makes many."""
-    monkeypatch.setattr(sdpa, "_MASK_ENTRIES", 4000)
+    monkeypatch.setattr(sdpa, "_MASK_ENTRIES", 1000)
     return spy(monkeypatch, sdpa, "_masked", lambda arguments, _: arguments[0].shape[2])
 
 
