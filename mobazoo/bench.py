@@ -53,7 +53,7 @@ class Case:
     def label(self) -> str:
         """The case in a few words."""
         work = "forward + backward" if self.backward else "forward"
-        return f"{work}, {self.length // 1024}K, block {self.block_size}, top {self.top_k}, {self.dtype}"
+        return f"{work}, {self.length} tokens, block {self.block_size}, top {self.top_k}, {self.dtype}"
 
 
 @dataclass

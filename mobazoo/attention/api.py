@@ -76,7 +76,7 @@ def attend(
     )
     run = BACKENDS[_named(backend, problem)].run
     if 0 in q.shape:
-        return torch.zeros_like(q)
+        return q.clone()  # nothing to compute, but a backward may follow
     if isinstance(pattern, MoBA) and routes is None:
         known = centroids(k.detach(), pattern.block_size, segments)
         routes = route(q.detach(), known, pattern, segments, first)

@@ -53,7 +53,8 @@ def centroids(k: Tensor, block_size: int, segments: Segments) -> Centroids:
     start = _complete_blocks(segments, block_size)
     doc = torch.where(start >= 0, segments.doc.gather(1, start.clamp(min=0).long()), UNUSED).to(torch.int32)
     with torch.no_grad():
-        mean = _mean_whole(k, block_size) if segments.whole else _mean_packed(k, start, block_size)
+        packed = torch.ops.mobazoo.packed_means
+        mean = _mean_whole(k, block_size) if segments.whole else packed(k.detach(), start, block_size)
     return Centroids(mean, start, doc)
 
 
@@ -82,7 +83,10 @@ def _mean_whole(k: Tensor, block_size: int) -> Tensor:
     return blocks.mean(3, dtype=_accumulator(k.dtype)).to(k.dtype)
 
 
+# An opaque operator: inlined, its loop over blocks is unrolled into a new graph for every number of blocks.
+@torch.library.custom_op("mobazoo::packed_means", mutates_args=())
 def _mean_packed(k: Tensor, start: Tensor, block_size: int) -> Tensor:
+    """Means ``[B, Hkv, N, D]`` of the blocks that begin at ``start`` [B, N], zeros at -1."""
     batch, heads, _, dim = k.shape
     n = start.shape[1]
     mean = k.new_empty(batch, heads, n, dim)
@@ -94,3 +98,8 @@ def _mean_packed(k: Tensor, start: Tensor, block_size: int) -> Tensor:
             keys = k[b].index_select(1, slots.flatten()).unflatten(1, slots.shape)
             mean[b, :, n0 : n0 + step] = keys.mean(2, dtype=_accumulator(k.dtype)).to(k.dtype)
     return mean.masked_fill_((start < 0)[:, None, :, None], 0.0)
+
+
+@_mean_packed.register_fake
+def _(k: Tensor, start: Tensor, block_size: int) -> Tensor:
+    return k.new_empty(k.shape[0], k.shape[1], start.shape[1], k.shape[3])

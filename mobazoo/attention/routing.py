@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention.blocks import UNUSED, Centroids
+from mobazoo.attention.heap import keep_heap
 from mobazoo.attention.pattern import MoBA
 from mobazoo.attention.segments import Segments
 from mobazoo.errors import InputError
 
 EMPTY = -1
 
-# Working memory of the gate, in bytes. On a CPU a chunk should live in a core's cache, on a GPU it should fill the
+# Working memory of the gate, in bytes. On a CPU a chunk should live in cache, on a GPU it should fill the
 # machine; both are far below the 1 GiB that `route` promises.
-_CHUNK_BYTES = {"cpu": 4 << 20}
+_CHUNK_BYTES = {"cpu": 16 << 20}
 _CHUNK_BYTES_DEFAULT = 256 << 20
 # One score costs float32 score, int32 order, int64 key, and as much again inside top-k; one query its float32 copy.
 _BYTES_PER_SCORE = 32
@@ -99,15 +100,17 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int) -> Tenso
 
     ``first`` and ``stop`` are ``[B, T]`` and do not decrease along a row.
     """
-    batch, hq, length, _ = q.shape
+    batch, hq, length, dim = q.shape
     hkv, n = mean.shape[1], mean.shape[2]
     index = torch.full((batch, hq, length, k), EMPTY, dtype=_index_dtype(n), device=q.device)
     if k == 0 or n == 0:
         return index
+    if q.device.type == "cpu":
+        keep_heap()
     group = hq // hkv
     grouped = index.unflatten(1, (hkv, group))  # [B, Hkv, G, T, K - 1]
-    # Key heads together where one query's scores of all heads are small, else a few at a time.
-    heads = max(1, min(hkv, _CHUNK_BYTES_DEFAULT // (_BYTES_PER_SCORE * n * group)))
+    # Key heads together where one query's scores and the centroids' float32 copy are small, else a few at a time.
+    heads = max(1, min(hkv, _CHUNK_BYTES_DEFAULT // (n * (_BYTES_PER_SCORE * group + 4 * dim))))
     for b, j in product(range(batch), range(0, hkv, heads)):
         centroid = mean[b, j : j + heads].float().transpose(1, 2)  # [h, D, N]
         queries = q[b].unflatten(0, (hkv, group))[j : j + heads]  # [h, G, T, D]

@@ -38,6 +38,8 @@ def run(
 
     ``provider`` names a CUDA kernel for tests and benchmarks, see ``kernels.providers``; a CPU has one.
     """
+    # Kernels read a head's numbers side by side; the CPU's backward fails on anything else.
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     out, _ = torch.ops.mobazoo.flash(
         q,
         k,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from mobazoo.attention.pattern import MoBA
 from mobazoo.attention.problem import Problem
@@ -37,13 +38,17 @@ def run(
     if segments.whole and length == slots:
         return _causal(q, k, v, scale)
     step = max(1, _MASK_ENTRIES // max(1, q.shape[0] * slots))
+    count = -(-length // step)  # a graph is compiled for each count, not for each length
     chunks = []
-    for t0 in range(0, length, step):
-        chunk = q[:, :, t0 : t0 + step]
-        first = q_start + t0
+    for n in range(count):
+        chunk = q if count == 1 else q[:, :, n * step : (n + 1) * step]
+        first = q_start + n * step
         # Keys after the chunk's last query are hidden from all of it.
-        end = first + chunk.shape[2] if isinstance(first, int) else slots
-        chunks.append(_masked(chunk, k[:, :, :end], v[:, :, :end], segments, first, scale))
+        end = slots if isinstance(first, Tensor) else first + chunk.shape[2]
+        args = (chunk, k[:, :, :end], v[:, :, :end], segments, first, scale)
+        # Kept for a backward, the chunks' masks would be T x S after all. A compiler decides that for itself.
+        again = count > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        chunks.append(checkpoint(_masked, *args, use_reentrant=False) if again else _masked(*args))
     return torch.cat(chunks, dim=2)
 
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mobazoo.attention.heap import keep_heap
+
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -62,6 +64,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, Hq, T, D]`` and log-sum-exp ``[B, Hq, T]``; without ``index`` full attention inside documents."""
+    keep_heap()
     batch, hq, length, dim = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty(batch, hq, length, dim)
@@ -110,6 +113,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``, accumulated in float32 and rounded once."""
+    keep_heap()
     dim = q.shape[3]
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
