@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mobazoo.attention.pattern import Full, MoBA, Pattern
+from mobazoo.config.keys import refuse_unknown
 from mobazoo.errors import InputError
 
 PATTERNS = ("full", "moba")
 DECODES = ("full", "moba")
 KCONV_WIDTHS = (3, 5)
+# What the object ``moba`` of a checkpoint's config.json may hold.
+MOBA_KEYS = ("attention", "provenance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,11 @@ class Rule:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that say something, as plain JSON."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name in RULE_KEYS if (value := getattr(self, name)) is not None}
+
+
+# Read once: torch.compile traces what reads rules, and cannot trace `fields` and `asdict`.
+RULE_KEYS = tuple(field.name for field in fields(Rule))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +69,13 @@ def parse_rules(rules: Sequence[Mapping[str, Any]] | None, where: str = "attenti
     Raises:
         InputError: an unknown key (with the nearest known one), or a value that no layer could use.
     """
-    known = [field.name for field in fields(Rule)]
+    if rules is not None and (isinstance(rules, str | Mapping) or not isinstance(rules, Sequence)):
+        raise InputError(f"{where}: want a list of rules like [{{layers: ':', pattern: moba, ...}}], got {rules!r}")
     parsed = []
     for i, rule in enumerate(rules or ()):
         if not isinstance(rule, Mapping):
             raise InputError(f"{where}[{i}]: want a mapping like {{layers: ':', pattern: moba, ...}}, got {rule!r}")
-        for key in rule:
-            if key not in known:
-                near = get_close_matches(str(key), known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise InputError(f"{where}[{i}]: unknown key {key!r}; {hint}")
+        refuse_unknown(rule, RULE_KEYS, f"{where}[{i}]")
         parsed.append(Rule(**rule))
         _check(parsed[-1], f"{where}[{i}]")
     return tuple(parsed)
@@ -88,6 +91,8 @@ def _check(rule: Rule, where: str) -> None:
         value = getattr(rule, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise InputError(f"{where}.{name}: want an integer >= 1, got {value!r}")
+    if rule.backend is not None and not isinstance(rule.backend, str):
+        raise InputError(f"{where}.backend: want auto or the name of a backend, got {rule.backend!r}")
 
 
 def resolve(rules: Sequence[Rule], num_layers: int, where: str = "attention") -> tuple[LayerAttention, ...]:
@@ -96,13 +101,16 @@ def resolve(rules: Sequence[Rule], num_layers: int, where: str = "attention") ->
     Raises:
         InputError: a layer that is not there, a slice that is none, or ``moba`` without its sizes.
     """
-    merged: list[dict[str, Any]] = [{} for _ in range(num_layers)]
+    return tuple(resolve_layer(rules, number, num_layers, where) for number in range(num_layers))
+
+
+def resolve_layer(rules: Sequence[Rule], number: int, num_layers: int, where: str = "attention") -> LayerAttention:
+    """The attention of one layer; see ``resolve``. Cheap enough to ask in every call of a layer."""
+    said: dict[str, Any] = {}
     for i, rule in enumerate(rules):
-        said = rule.as_dict()
-        layers = said.pop("layers")
-        for layer in _layers(layers, num_layers, f"{where}[{i}].layers"):
-            merged[layer].update(said)
-    return tuple(_layer(said, f"{where}: layer {n}") for n, said in enumerate(merged))
+        if number in _layers(rule.layers, num_layers, f"{where}[{i}].layers"):
+            said.update(rule.as_dict())
+    return _layer(said, f"{where}: layer {number}")
 
 
 def _layers(layers: int | str, num_layers: int, where: str) -> range:
@@ -132,3 +140,17 @@ def _layer(said: Mapping[str, Any], where: str) -> LayerAttention:
         pattern = MoBA(int(said["block_size"]), int(said["top_k"]))
     rest = {name: said[name] for name in ("backend", "decode", "kconv") if name in said}
     return LayerAttention(pattern, **rest)
+
+
+def moba_rules(moba: Mapping[str, Any] | None) -> tuple[Rule, ...]:
+    """The rules of a config's object ``moba``, ``{"attention": [rules], "provenance": {...}}``.
+
+    Raises:
+        InputError: something else, an unknown key, or rules that ``parse_rules`` refuses.
+    """
+    if moba is None:
+        return ()
+    if not isinstance(moba, Mapping):
+        raise InputError(f"moba: want a mapping like {{attention: [...]}}, got {moba!r}")
+    refuse_unknown(moba, MOBA_KEYS, "moba")
+    return parse_rules(moba.get("attention"), "moba.attention")
