@@ -141,7 +141,7 @@ def _shard_files(path: Path) -> dict[str, Path]:
         raise InputError(f"{path}: has both {WEIGHTS} and {INDEX}; remove the stale one")
     if index.exists() or index.is_symlink():
         weight_map = _weight_map(path)
-        return {name: inside(path, name) for name in dict.fromkeys(weight_map.values())}
+        return {name: inside(path, name) for name in sorted(set(weight_map.values()))}
     if single.exists() or single.is_symlink():
         return {WEIGHTS: inside(path, WEIGHTS)}
     pickles = sorted(found.name for pattern in _PICKLES for found in path.glob(pattern))

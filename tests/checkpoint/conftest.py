@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
+from mobazoo.checkpoint import staging
+
 from .factories import save
 
 logging.disable_progress_bar()
@@ -18,3 +20,11 @@ def single(tmp_path: Path) -> Path:
 def sharded(tmp_path: Path) -> Path:
     save(tmp_path / "sharded", shards=True)
     return tmp_path / "sharded"
+
+
+@pytest.fixture(autouse=True)
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Waiting for a disk proves nothing here; tests that care look at what would have been waited for."""
+    asked: list[Path] = []
+    monkeypatch.setattr(staging, "_sync_one", asked.append)
+    return asked
