@@ -140,13 +140,14 @@ def _parts(key: str) -> list[str | int]:
 def _where(source: Source, overrides: Sequence[str], problem: str) -> str:
     """File and line, or the override, that a problem is about; problems begin with their key."""
     key = problem.split(": ")[0].split(", ")[0]
-    unknown = re.search(r"unknown key '(\w+)'", problem)
+    unknown = re.search(r"unknown key '(.+?)'; ", problem)
     parts = _parts(key) if re.fullmatch(r"[\w.\[\]-]+", key) else []
+    parts += unknown.groups() if unknown else ()
     for override in reversed(overrides):
         given = _parts(override.partition("=")[0])
         if parts and parts[: len(given)] == given:
             return f"override {override!r}"
-    line = None if ": missing;" in problem else _line(source.text, [*parts, *(unknown.groups() if unknown else ())])
+    line = None if ": missing;" in problem else _line(source.text, parts)
     return f"{source.where}:{line}" if line else source.where
 
 

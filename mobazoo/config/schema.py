@@ -67,7 +67,7 @@ def type_at(schema: Any, parts: list[str | int], key: str = "") -> Any:
             if get_origin(option) in (list, tuple):
                 return type_at(get_args(option)[0], rest, join(key, part))
         elif is_dataclass(option) and isinstance(option, type):
-            hints = get_type_hints(option)
+            hints = _hints(option)
             if part not in hints:
                 raise InputError(unknown(key, part, list(hints)))
             return type_at(hints[part], rest, join(key, part))
@@ -111,7 +111,7 @@ def _dataclass(value: Any, want: type, key: str) -> Iterator[str]:
     if not isinstance(value, Mapping):
         yield _wrong(key, words(want), value)
         return
-    hints = get_type_hints(want)
+    hints = _hints(want)
     for name, item in value.items():
         if name not in hints:
             yield unknown(key, name, list(hints))
@@ -122,6 +122,14 @@ def _dataclass(value: Any, want: type, key: str) -> Iterator[str]:
         paths = [join(key, name) for name in missing]
         how = " ".join(f"{path}=..." for path in paths)
         yield f"{', '.join(paths)}: missing; give it in the recipe or on the command line as {how}"
+
+
+def _hints(schema: type) -> dict[str, Any]:
+    """Types of a schema's keys; ``attention`` is a list of rules wherever it stands, as plain mappings too."""
+    hints = get_type_hints(schema)
+    if get_origin(hints.get("attention")) is list:
+        hints["attention"] = list[Rule]
+    return hints
 
 
 def _list(value: Any, want: Any, key: str) -> Iterator[str]:
