@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from mobazoo.attention.pattern import Full, MoBA, Pattern
+from mobazoo.config.keys import refuse_unknown
 from mobazoo.errors import InputError
 
 PATTERNS = ("full", "moba")
 DECODES = ("full", "moba")
 KCONV_WIDTHS = (3, 5)
+# What the object ``moba`` of a checkpoint's config.json may hold.
+MOBA_KEYS = ("attention", "provenance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +66,14 @@ def parse_rules(rules: Sequence[Mapping[str, Any]] | None, where: str = "attenti
     Raises:
         InputError: an unknown key (with the nearest known one), or a value that no layer could use.
     """
+    if rules is not None and (isinstance(rules, str | Mapping) or not isinstance(rules, Sequence)):
+        raise InputError(f"{where}: want a list of rules like [{{layers: ':', pattern: moba, ...}}], got {rules!r}")
     known = [field.name for field in fields(Rule)]
     parsed = []
     for i, rule in enumerate(rules or ()):
         if not isinstance(rule, Mapping):
             raise InputError(f"{where}[{i}]: want a mapping like {{layers: ':', pattern: moba, ...}}, got {rule!r}")
-        for key in rule:
-            if key not in known:
-                near = get_close_matches(str(key), known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise InputError(f"{where}[{i}]: unknown key {key!r}; {hint}")
+        refuse_unknown(rule, known, f"{where}[{i}]")
         parsed.append(Rule(**rule))
         _check(parsed[-1], f"{where}[{i}]")
     return tuple(parsed)
@@ -88,6 +89,8 @@ def _check(rule: Rule, where: str) -> None:
         value = getattr(rule, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise InputError(f"{where}.{name}: want an integer >= 1, got {value!r}")
+    if rule.backend is not None and not isinstance(rule.backend, str):
+        raise InputError(f"{where}.backend: want auto or the name of a backend, got {rule.backend!r}")
 
 
 def resolve(rules: Sequence[Rule], num_layers: int, where: str = "attention") -> tuple[LayerAttention, ...]:
@@ -132,3 +135,31 @@ def _layer(said: Mapping[str, Any], where: str) -> LayerAttention:
         pattern = MoBA(int(said["block_size"]), int(said["top_k"]))
     rest = {name: said[name] for name in ("backend", "decode", "kconv") if name in said}
     return LayerAttention(pattern, **rest)
+
+
+def moba_rules(moba: Mapping[str, Any] | None) -> tuple[Rule, ...]:
+    """The rules of a config's object ``moba``, ``{"attention": [rules], "provenance": {...}}``.
+
+    Raises:
+        InputError: something else, an unknown key, or rules that ``parse_rules`` refuses.
+    """
+    if moba is None:
+        return ()
+    if not isinstance(moba, Mapping):
+        raise InputError(f"moba: want a mapping like {{attention: [...]}}, got {moba!r}")
+    refuse_unknown(moba, MOBA_KEYS, "moba")
+    return parse_rules(moba.get("attention"), "moba.attention")
+
+
+def moba_layers(moba: Mapping[str, Any] | None, num_layers: int) -> tuple[LayerAttention, ...]:
+    """What a config's object ``moba`` comes to for every layer; cheap when asked again.
+
+    Raises:
+        InputError: as ``moba_rules`` and ``resolve``.
+    """
+    return _resolved(moba_rules(moba), num_layers)
+
+
+@lru_cache(maxsize=64)
+def _resolved(rules: tuple[Rule, ...], num_layers: int) -> tuple[LayerAttention, ...]:
+    return resolve(rules, num_layers, "moba.attention")

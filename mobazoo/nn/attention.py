@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-from mobazoo.attention import Full, Pattern, Segments, attend
+from mobazoo.attention import Full, Pattern, attend
 from mobazoo.config.rules import LayerAttention
-from mobazoo.errors import UnsupportedError
+from mobazoo.nn.geometry import Geometry
 from mobazoo.nn.kconv import KeyConv
 from mobazoo.nn.norm import RMSNorm
 from mobazoo.nn.rope import rotate
 
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where the tokens of one forward stand; built once, read by every layer.
-
-    Attributes:
-        segments: documents of the ``S`` slots that keys occupy.
-        q_start: slot of the first token, an int or a 0-dim tensor.
-        decode_from: slot of the first token after the prompt (None: everything is prompt).
-        cos: ``[B, 1, T, D]``.
-        sin: ``[B, 1, T, D]``.
-    """
-
-    segments: Segments
-    q_start: int | Tensor
-    decode_from: int | None
-    cos: Tensor
-    sin: Tensor
+NAIVE = "moba_naive"
 
 
 class Attention(nn.Module):
     """Separate q, k, v projections, optional q/k norm before RoPE, optional key convolution, any pattern.
 
-    ``layer`` says what is computed and by which backend; changing it changes no weight.
+    ``layer`` says what is computed and by which backend; changing it changes no weight. Under
+    ``attn_implementation="moba_naive"`` the backend is ``reference``.
     """
 
     def __init__(
@@ -54,6 +36,7 @@ class Attention(nn.Module):
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.head_dim
         heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.config = config
         self.number = number
         self.layer = layer
         self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=qkv_bias)
@@ -69,8 +52,6 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, D]
         if self.k_conv is not None:
-            if cache is not None:
-                raise UnsupportedError("kconv with a KV cache is not supported yet; pass use_cache=False")
             k = self.k_conv(k, geometry.segments.pos)
         q, k = rotate(q, geometry.cos, geometry.sin), rotate(k, geometry.cos, geometry.sin)
         if cache is not None:
@@ -96,11 +77,17 @@ class Attention(nn.Module):
     ) -> Tensor:
         # A backend is chosen for the layer's pattern; what a full decode step uses is for `auto` to know.
         backend = "auto" if isinstance(pattern, Full) and pattern != self.layer.pattern else self.layer.backend
+        if self.config._attn_implementation == NAIVE:
+            backend = "reference"
         return attend(q, k, v, pattern=pattern, backend=backend, segments=geometry.segments, q_start=q_start)
 
 
 def _prompt_part(length: int, q_start: int | Tensor, decode_from: int) -> int:
-    """How many of ``length`` queries stand before ``decode_from``."""
-    if isinstance(q_start, Tensor):  # on the device: a static cache, which decodes a token at a time after its prompt
+    """How many of ``length`` queries stand before ``decode_from``.
+
+    Inside a compiled graph ``q_start`` of a static cache is unknown: one token is decoding there, and so a prompt whose
+    last compiled chunk is one token has that token decoded.
+    """
+    if isinstance(q_start, Tensor):
         return 0 if length == 1 else length
     return min(max(decode_from - q_start, 0), length)

@@ -1,62 +1,26 @@
-"""The decoder that Llama and Qwen share, inside transformers' classes; a family is a config and three flags over it."""
+"""The decoder that Llama and Qwen share, inside transformers' classes; a family is a config and its flags over it."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, arange, nn
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mobazoo.attention import Segments
-from mobazoo.config.rules import LayerAttention, Rule, parse_rules, resolve
-from mobazoo.errors import UnsupportedError
-from mobazoo.nn.attention import Attention, Geometry
+from mobazoo.attention.backends import BACKENDS
+from mobazoo.config.rules import LayerAttention, parse_rules, resolve
+from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.nn.attention import NAIVE, Attention
+from mobazoo.nn.geometry import Geometry, documents, past_length
+from mobazoo.nn.kconv import KeyConv
 from mobazoo.nn.mlp import SwiGLU
 from mobazoo.nn.norm import RMSNorm
 from mobazoo.nn.rope import RotaryEmbedding
 
-ATTN_IMPLEMENTATIONS = ("moba", "moba_naive")
-
-
-class MobaConfigMixin(PreTrainedConfig):
-    """What our configs add to a family's: the object ``moba`` with the per-layer rules.
-
-    ``moba`` is plain JSON, ``{"attention": [rules], ...}``. Backends are a load-time choice: rules may name them in
-    memory, ``to_dict`` and with it ``config.json`` leave them out.
-    """
-
-    moba: dict[str, Any] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if "sliding_attention" in (getattr(self, "layer_types", None) or ()):
-            first = self.layer_types.index("sliding_attention")
-            raise UnsupportedError(
-                f"layer {first} is a sliding-window layer; set use_sliding_window=false to run it as full attention"
-            )
-        self.attention_layers()  # refuse rules that no model could use before there is one
-
-    def attention_rules(self) -> tuple[Rule, ...]:
-        """The rules of ``moba.attention``."""
-        return parse_rules((self.moba or {}).get("attention"), "moba.attention")
-
-    def attention_layers(self) -> tuple[LayerAttention, ...]:
-        """The attention of every layer."""
-        return resolve(self.attention_rules(), self.num_hidden_layers, "moba.attention")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON, without backends."""
-        output: dict[str, Any] = super().to_dict()
-        if output.get("moba"):
-            kept = [
-                {name: value for name, value in rule.as_dict().items() if name != "backend"}
-                for rule in self.attention_rules()
-            ]
-            output["moba"] = {**output["moba"], "attention": [rule for rule in kept if rule.keys() != {"layers"}]}
-        return output
+ATTN_IMPLEMENTATIONS = ("moba", NAIVE)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -83,8 +47,8 @@ class MobaPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012  (transformers declares an instance attribute)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
@@ -99,14 +63,29 @@ class MobaPreTrainedModel(PreTrainedModel):
             )
         return name
 
-    def set_attention(self, rules: list[dict[str, Any]]) -> None:
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, KeyConv):
+            initialization.zeros_(module.weight)
+        elif isinstance(module, RotaryEmbedding):
+            module.reset()
+
+    def set_attention(self, rules: Sequence[Mapping[str, Any]]) -> None:
         """Gives layers another pattern, backend or decode mode; no weight changes.
 
+        Args:
+            rules: per-layer rules; ``[]`` is full attention everywhere.
+
         Raises:
-            InputError: rules that do not resolve.
+            InputError: rules that do not resolve; nothing is changed.
             UnsupportedError: rules that would add or remove a key convolution, which has weights.
         """
         layers = resolve(parse_rules(rules), self.config.num_hidden_layers)
+        check_backends(layers)
         attentions = [module for module in self.modules() if isinstance(module, Attention)]
         for module in attentions:
             if layers[module.number].kconv != module.layer.kconv:
@@ -126,23 +105,37 @@ class MobaPreTrainedModel(PreTrainedModel):
         return attention_mask
 
 
+def check_backends(layers: Sequence[LayerAttention]) -> None:
+    """Refuses backends that do not exist.
+
+    Raises:
+        InputError: naming the layer.
+    """
+    for number, layer in enumerate(layers):
+        if layer.backend != "auto" and layer.backend not in BACKENDS:
+            raise InputError(
+                f"attention: layer {number}: unknown backend {layer.backend!r}; known: auto, {', '.join(BACKENDS)}"
+            )
+
+
 class MobaModel(MobaPreTrainedModel):
     """Embedding, decoder layers, final norm. A family says which flags its layers have."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
+        config.refuse_unsupported()  # fields may have been set since it was made
+        layers = config.attention_layers()
+        check_backends(layers)
+        flags = self.layer_flags(config)
+        self.has_kconv = any(layer.kconv for layer in layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, number, layer, self.layer_flags(config))
-            for number, layer in enumerate(config.attention_layers())
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, n, layer, flags) for n, layer in enumerate(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
-        self.gradient_checkpointing = False
         self.post_init()
 
     @staticmethod
-    def layer_flags(config: PreTrainedConfig) -> dict[str, bool]:
+    def layer_flags(config: Any) -> dict[str, bool]:
         """``qkv_bias``, ``out_bias``, ``qk_norm`` and ``mlp_bias`` of the family."""
         raise NotImplementedError
 
@@ -154,32 +147,51 @@ class MobaModel(MobaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         max_docs: int | None = None,
         max_len: int | None = None,
         decode_from: int | None = None,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Hidden states of a batch.
 
         Args:
             input_ids: ``[B, T]``.
             attention_mask: ``[B, past + T]``, 0 at padding (None: no padding).
             position_ids: ``[B, T]``; without a past they restart at 0 with every packed document.
-            past_key_values: cache of earlier tokens.
+            past_key_values: cache of earlier tokens, one document a row.
             inputs_embeds: ``[B, T, hidden]`` instead of ``input_ids``.
-            use_cache: whether to make a cache (None: as the config says, never while training).
+            use_cache: whether to make a cache (None: as the config says, but not while training, for packed rows, or
+                with a key convolution).
             output_hidden_states: also return the input of every layer and the final states.
+            output_attentions: refused.
+            return_dict: False returns a tuple.
             max_docs: most documents in a row, from the collator; with ``max_len`` nothing waits for the device.
             max_len: longest document.
             decode_from: slot of the first token after the prompt (None: everything is prompt).
+
+        Raises:
+            InputError: both or neither of ``input_ids`` and ``inputs_embeds``, or a mask or documents that do not fit.
+            UnsupportedError: ``output_attentions``, packed rows with a cache, a key convolution with a cache.
         """
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise UnsupportedError("output_attentions: block attention never builds the matrix; plot Routes instead")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("forward: pass either input_ids or inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
+        past = past_length(past_key_values)
+        shape = (hidden.shape[0], hidden.shape[1])
+        segments, packed = documents(
+            shape, hidden.device, attention_mask, position_ids, past_key_values, past, max_docs, max_len
+        )
+        if self._wants_cache(use_cache, past_key_values, packed) and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        geometry = self._geometry(hidden, attention_mask, position_ids, past_key_values, max_docs, max_len, decode_from)
-        states = [hidden] if output_hidden_states else None
+        if position_ids is None:
+            position_ids = (arange(shape[1], device=hidden.device) + past)[None]
+        geometry = Geometry(segments, past, decode_from, *self.rotary_emb(position_ids, hidden.dtype))
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = [hidden] if wanted else None
         for layer in self.layers:
             hidden = layer(hidden, geometry, past_key_values=past_key_values)
             if states is not None:
@@ -187,110 +199,24 @@ class MobaModel(MobaPreTrainedModel):
         hidden = self.norm(hidden)
         if states is not None:
             states[-1] = hidden
-        return BaseModelOutputWithPast(
+        result = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
             hidden_states=tuple(states) if states is not None else None,
         )
+        return result if self._as_dict(return_dict) else result.to_tuple()
 
-    def _geometry(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        max_docs: int | None,
-        max_len: int | None,
-        decode_from: int | None,
-    ) -> Geometry:
-        batch, length = hidden.shape[:2]
-        past: int | Tensor = 0 if cache is None else cache.get_seq_length()
-        if isinstance(past, Tensor):
-            past = past.clone()  # a static cache counts on in place
-        slots = length if cache is None else cache.get_mask_sizes(length, 0)[0]
-        if slots == length and position_ids is not None:
-            ids = position_ids.expand(batch, length)
-            segments = Segments.from_position_ids(ids, attention_mask, max_docs, max_len)
-        elif attention_mask is not None:
-            # Slots a static cache has not written belong to the open document: causality hides them.
-            mask = nn.functional.pad(attention_mask, (0, slots - attention_mask.shape[1]), value=1)
-            segments = Segments.from_attention_mask(mask)
-        else:
-            segments = Segments.single(batch, slots, hidden.device)
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=hidden.device) + past)[None]
-        cos, sin = self.rotary_emb(position_ids, hidden.dtype)
-        return Geometry(segments, past, decode_from, cos, sin)
+    def _as_dict(self, return_dict: bool | None) -> bool:
+        return bool(self.config.return_dict if return_dict is None else return_dict)
 
-
-class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
-    """A decoder with a language-model head."""
-
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    body: ClassVar[type[MobaModel]]
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        self.model = self.body(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        max_docs: int | None = None,
-        max_len: int | None = None,
-        decode_from: int | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where ``labels`` are given (shifted by one, -100 ignored). See ``MobaModel.forward``.
-
-        Raises:
-            UnsupportedError: ``output_attentions``; there is no attention matrix to return.
-        """
-        if output_attentions:
-            raise UnsupportedError("output_attentions: block attention never builds the matrix; plot Routes instead")
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states=bool(output_hidden_states),
-            max_docs=max_docs,
-            max_len=max_len,
-            decode_from=decode_from,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.vocab_size, num_items_in_batch=num_items_in_batch
-            )
-        result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
-        return result if return_dict is not False else result.to_tuple()
-
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """transformers' ``generate``; tokens after the prompt it is given use each layer's decode pattern."""
-        prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        length = 1 if prompt is None else prompt.shape[1]
-        return super().generate(inputs, decode_from=length, **kwargs)
-
-    def generate_batch(self, *_: Any, **__: Any) -> Any:
-        """Refused: continuous batching would run other attention than the rules say."""
-        raise UnsupportedError("generate_batch: continuous batching does not know MoBA; use generate")
+    def _wants_cache(self, use_cache: bool | None, cache: Cache | None, packed: bool) -> bool:
+        why = None
+        if packed:
+            why = "packed rows with a KV cache: a cache holds one document a row"
+        elif self.has_kconv:
+            why = "kconv with a KV cache is not supported yet"
+        if why and (use_cache or cache is not None):
+            raise UnsupportedError(f"{why}; pass use_cache=False and no past_key_values")
+        if use_cache is None:
+            return bool(self.config.use_cache and not self.training and not why)
+        return use_cache

@@ -1,5 +1,9 @@
 """Rotary position embedding, rotate-half form (arXiv 2104.09864), with the scalings of long-context checkpoints."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -15,32 +19,60 @@ class RotaryEmbedding(nn.Module):
     """Cosines and sines of every position, computed in float32.
 
     Raises:
-        UnsupportedError: a rope type besides ``default``, ``linear``, ``llama3`` and ``yarn``.
+        UnsupportedError: a rope type besides ``default``, ``linear``, ``llama3`` and ``yarn``, or one that turns only a
+            part of each head.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        kind = config.rope_parameters["rope_type"]
-        if kind == "default":
-            exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-            frequencies, self.magnitude = config.rope_parameters["rope_theta"] ** -exponent, 1.0
-        elif kind in SCALINGS:
-            frequencies, self.magnitude = ROPE_INIT_FUNCTIONS[kind](config)
-        else:
-            raise UnsupportedError(f"rope type {kind!r} is not supported; known: default, {', '.join(SCALINGS)}")
+        self.config = config
+        frequencies, self.magnitude = inverse_frequencies(config)
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", frequencies, persistent=False)
+
+    def reset(self) -> None:
+        """Computes the frequencies again, in place: what was made on ``meta`` holds none."""
+        with torch.device("cpu"):
+            frequencies, _ = inverse_frequencies(self.config)
+        with torch.no_grad():
+            self.inv_freq.copy_(frequencies)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        """Moves devices only: frequencies rounded to 16 bits would turn far positions by other angles."""
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != exact.dtype:
+            self.inv_freq = exact.to(self.inv_freq.device)
+        return self
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Positions ``[B, T]`` to cosines and sines ``[B, 1, T, D]`` in ``dtype``."""
-        angle = position_ids[:, None, :, None].float() * self.inv_freq.float()
+        angle = position_ids[:, None, :, None].float() * self.inv_freq
         angle = torch.cat((angle, angle), dim=-1)
         return (angle.cos() * self.magnitude).to(dtype), (angle.sin() * self.magnitude).to(dtype)
 
 
+def inverse_frequencies(config: PreTrainedConfig) -> tuple[Tensor, float]:
+    """Angle per position of each pair of channels, float32 ``[D / 2]``, and the factor on cosines and sines."""
+    rope = config.rope_parameters
+    kind = rope["rope_type"]
+    part = rope.get("partial_rotary_factor", 1.0)
+    if part != 1.0:
+        raise UnsupportedError(
+            f"rope with partial_rotary_factor={part} is not supported: these families turn whole heads"
+        )
+    if kind == "default":
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return 1.0 / rope["rope_theta"] ** exponent, 1.0
+    if kind in SCALINGS:
+        frequencies, magnitude = ROPE_INIT_FUNCTIONS[kind](config)
+        return frequencies.float(), magnitude
+    raise UnsupportedError(f"rope type {kind!r} is not supported; known: default, {', '.join(SCALINGS)}")
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns ``x`` ``[B, H, T, D]`` by its positions' angles."""
+    """Turns ``x`` ``[B, H, T, D]`` by its positions' angles ``[B, 1, T, D]``."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos + turned * sin

@@ -2,7 +2,9 @@
 
 from transformers import LlamaConfig
 
-from mobazoo.nn.decoder import MobaConfigMixin, MobaForCausalLM, MobaModel
+from mobazoo.nn.causal_lm import MobaForCausalLM
+from mobazoo.nn.config import MobaConfigMixin
+from mobazoo.nn.decoder import MobaModel
 
 
 class MobaLlamaConfig(MobaConfigMixin, LlamaConfig):

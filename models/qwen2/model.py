@@ -4,7 +4,9 @@ from typing import Any
 
 from transformers import Qwen2Config
 
-from mobazoo.nn.decoder import MobaConfigMixin, MobaForCausalLM, MobaModel
+from mobazoo.nn.causal_lm import MobaForCausalLM
+from mobazoo.nn.config import MobaConfigMixin
+from mobazoo.nn.decoder import MobaModel
 
 
 class MobaQwen2Config(MobaConfigMixin, Qwen2Config):

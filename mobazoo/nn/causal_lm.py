@@ -1,0 +1,106 @@
+"""A language model: decoder, head, loss and ``generate``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Never
+
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mobazoo.errors import UnsupportedError
+from mobazoo.nn.decoder import MobaModel, MobaPreTrainedModel
+
+
+class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
+    """A decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (as in transformers)
+    # Trainer then divides the loss by the tokens of all accumulated batches, not by those of each.
+    accepts_loss_kwargs: ClassVar[bool] = True
+    body: ClassVar[type[MobaModel]]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.model = self.body(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        max_docs: int | None = None,
+        max_len: int | None = None,
+        decode_from: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits, and the loss where ``labels`` are given (shifted by one, -100 ignored).
+
+        Args and errors not named here are those of ``MobaModel.forward``.
+
+        Args:
+            labels: ``[B, T]``; in packed rows the first token of each document should be -100.
+            logits_to_keep: last positions to compute logits of (0: all), or their indices.
+            num_items_in_batch: divide the summed loss by this instead of by the labels of this batch.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            max_docs=max_docs,
+            max_len=max_len,
+            decode_from=decode_from,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if as_dict else result.to_tuple()
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, decode_from: int | None = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``; tokens after the prompt it is given use each layer's decode pattern.
+
+        Args:
+            inputs: ``[B, T]`` prompt, as ``input_ids``.
+            *args: see transformers.
+            decode_from: slot of the first token that counts as decoded (None: the end of the prompt).
+            **kwargs: see transformers.
+        """
+        if decode_from is None:
+            prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+            mask = kwargs.get("attention_mask")
+            # A second turn on a full cache may bring its new tokens only; the mask then has all.
+            decode_from = max(1 if prompt is None else prompt.shape[1], 0 if mask is None else mask.shape[1])
+        return super().generate(inputs, *args, decode_from=decode_from, **kwargs)  # type: ignore[misc]
+
+    def generate_batch(self, *_: Any, **__: Any) -> Never:
+        """Refused: continuous batching would run other attention than the rules say."""
+        raise UnsupportedError("generate_batch: continuous batching does not know MoBA; use generate")
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Never:
+        """Refused, as ``generate_batch``."""
+        self.generate_batch()

@@ -1,0 +1,107 @@
+"""Where the tokens of one forward stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache
+
+from mobazoo.attention import Segments
+from mobazoo.errors import InputError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Built once per forward, read by every layer.
+
+    Attributes:
+        segments: documents of the ``S`` slots that keys occupy.
+        q_start: slot of the first token, an int or a 0-dim tensor.
+        decode_from: slot of the first token after the prompt (None: everything is prompt).
+        cos: ``[B, 1, T, D]``.
+        sin: ``[B, 1, T, D]``.
+    """
+
+    segments: Segments
+    q_start: int | Tensor
+    decode_from: int | None
+    cos: Tensor
+    sin: Tensor
+
+
+def past_length(cache: Cache | None) -> int | Tensor:
+    """Tokens in the cache; a tensor only inside a compiled graph, which must not read a static cache's counter."""
+    past: int | Tensor = 0 if cache is None else cache.get_seq_length()
+    if isinstance(past, Tensor):
+        return past.clone() if torch.compiler.is_compiling() else int(past)  # it counts on in place
+    return past
+
+
+def documents(
+    shape: tuple[int, int],
+    device: torch.device,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+    past: int | Tensor,
+    max_docs: int | None,
+    max_len: int | None,
+) -> tuple[Segments, bool]:
+    """The documents of all slots, and whether rows are packed as far as the host can know.
+
+    Args:
+        shape: ``[B, T]`` of this forward's tokens.
+        device: of the tokens.
+        attention_mask: ``[B, past + T]``, 0 at padding.
+        position_ids: ``[B, T]`` or ``[1, T]``.
+        cache: earlier tokens; a static one has more slots than tokens.
+        past: tokens in the cache.
+        max_docs: most documents in a row, if the collator said.
+        max_len: longest document, if the collator said.
+
+    Raises:
+        InputError: a mask of another shape, or documents with holes.
+        UnsupportedError: packed rows with a static cache.
+    """
+    batch, length = shape
+    slots = length if cache is None else cache.get_mask_sizes(length, 0)[0]
+    if attention_mask is not None:
+        _check_mask(attention_mask, batch, length, past, slots)
+    if position_ids is not None:
+        position_ids = position_ids.expand(batch, length)
+        if slots == length:
+            segments = Segments.from_position_ids(position_ids, attention_mask, max_docs, max_len)
+            known = max_docs is not None or not torch.compiler.is_compiling()
+            return segments, known and segments.max_docs > 1
+        _refuse_packing(position_ids, attention_mask, past)
+    if attention_mask is None:
+        return Segments.single(batch, slots, device), False
+    # Slots a static cache has not written belong to the open document: causality hides them.
+    return Segments.from_attention_mask(pad(attention_mask, (0, slots - attention_mask.shape[1]), value=1)), False
+
+
+def _check_mask(mask: Tensor, batch: int, length: int, past: int | Tensor, slots: int) -> None:
+    want = slots if isinstance(past, Tensor) else past + length
+    good = mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] <= slots
+    if not good or (mask.shape[1] not in (want, slots) and not isinstance(past, Tensor)):
+        raise InputError(
+            f"attention_mask: want [B, past + T] = [{batch}, {want}] with 0 at padding, got {list(mask.shape)}; "
+            "zoo models build their own causal mask"
+        )
+
+
+def _refuse_packing(position_ids: Tensor, mask: Tensor | None, past: int | Tensor) -> None:
+    if position_ids.shape[1] == 1 or isinstance(past, Tensor):
+        return
+    jump = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if mask is not None:
+        real = mask[:, past : past + position_ids.shape[1]] != 0
+        jump = jump & real[:, 1:] & real[:, :-1]
+    if jump.any():
+        raise UnsupportedError(
+            "position_ids restart inside a row that is cached: a KV cache holds one document a row; "
+            "pass use_cache=False and no past_key_values"
+        )
