@@ -14,7 +14,7 @@ from mobazoo.attention.pattern import Full, MoBA
 from mobazoo.checkpoint.family import family_of, skeleton, zoo_config
 from mobazoo.checkpoint.folder import CONFIG, inside, read_json
 from mobazoo.checkpoint.hub import locate
-from mobazoo.cli.output import count, tokens
+from mobazoo.cli.output import count, size, tokens
 from mobazoo.config.convert import DTYPES
 from mobazoo.config.models import model_entry, model_names
 from mobazoo.config.recipe import parse_recipe, to_yaml
@@ -56,7 +56,8 @@ def describe(target: str, overrides: Sequence[str], device: str, dtype: str | No
     Raises:
         InputError: no such model, or a setting that no model could have.
     """
-    config, model = _from_zoo(target, overrides) if target in model_names() else _from_folder(target, overrides)
+    known = target in model_names() or ("/" not in target and not Path(target).is_dir())
+    config, model = _from_zoo(target, overrides) if known else _from_folder(target, overrides)
     layers: tuple[LayerAttention, ...] = config.attention_layers()
     kind, where = _dtype(dtype or config.dtype or "bfloat16"), _device(device)
     length = config.max_position_embeddings
@@ -69,7 +70,7 @@ def describe(target: str, overrides: Sequence[str], device: str, dtype: str | No
         ("heads", f"{config.num_attention_heads} query, {key_heads} key, dim {head_dim}"),
         ("context", f"{tokens(length)} tokens"),
         ("KV cache per token", f"{per_token} bytes in {name}"),
-        ("KV cache at full context", f"{per_token * length / 2**30:.3g} GiB"),
+        ("KV cache at full context", size(per_token * length)),
     ]
     facts += [
         (f"keys read in a prefill of {tokens(n)}", f"{float(100 * share_read(layers, n)):.3g} %") for n in LENGTHS

@@ -49,6 +49,14 @@ def count(number: float) -> str:
     return f"{number:.3g}"
 
 
+def size(nbytes: float) -> str:
+    """Bytes as people write them: 16 GiB, 2 KiB."""
+    for unit, one in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if nbytes >= one:
+            return f"{nbytes / one:.3g} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
 def tokens(length: int) -> str:
     """A length in tokens the way people write it: 8K, 128K, 1M are powers of two."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):

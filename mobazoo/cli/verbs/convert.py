@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from mobazoo.cli.output import progress
+from mobazoo.cli.output import progress, size
 from mobazoo.cli.work import DryRun, Outcome, Overrides, RecipeArgument, work
 from mobazoo.config.convert import ConvertRecipe
 from mobazoo.config.recipe import load_recipe
@@ -34,19 +35,33 @@ def resolve(recipe: str, overrides: Sequence[str]) -> ConvertRecipe:
 
 
 def plan(recipe: ConvertRecipe) -> list[str]:
-    """What would happen."""
-    here = Path(recipe.source).expanduser().is_dir()
-    there = Path(recipe.dest).expanduser().exists()
-    taken = "is there and would be replaced" if recipe.overwrite else "is there already, so this would be refused"
-    return [
-        f"would read {recipe.source}{'' if here else ' (no folder here yet: looked up on the Hub)'}",
-        f"would write {recipe.dest}{f', which {taken}' if there else ''}",
-        "would prove the result before putting it in place" if recipe.verify else "would prove nothing (verify: false)",
-    ]
+    """What would happen. A folder that is here is checked as for the conversion itself; the Hub is not asked."""
+    if not Path(recipe.source).expanduser().is_dir():
+        lines = [f"would read {recipe.source}, which is no folder here, so it would be looked up on the Hub"]
+    else:
+        found = import_module("mobazoo.checkpoint.convert").plan_convert(recipe)
+        same = sum(shard.same is not None for shard in found.shards)
+        lines = [
+            f"would read {recipe.source}",
+            f"would link or copy {same} weight files and write {len(found.shards) - same}, {size(found.nbytes)} in all",
+            *(f"would {what} {len(names)} tensors" for what, names in (("add", found.added), ("drop", found.dropped)) if names),
+        ]
+    proof = "prove the result before putting it in place" if recipe.verify else "prove nothing (verify: false)"
+    return [*lines, f"would write {recipe.dest}", f"would {proof}"]
 
 
 def execute(recipe: ConvertRecipe) -> Outcome:
     """Converts, with a bar on a terminal."""
     with progress() as update:
-        import_module("mobazoo.checkpoint.convert").convert(recipe, progress=update)
-    return Outcome(f"wrote {recipe.dest}", [recipe.dest])
+        report = import_module("mobazoo.checkpoint.convert").convert(recipe, update)
+    what = f"wrote {recipe.dest}: {report.tensors} tensors, {size(report.nbytes)}, {report.linked} files linked"
+    return Outcome(f"{what}, {_proof(report.verified)}", [recipe.dest])
+
+
+def _proof(verified: Any) -> str:
+    if verified is None:
+        return "not verified"
+    line = f"verified: logits within {verified.difference:.1e} of transformers'"
+    if verified.moba_difference is None:
+        return line
+    return f"{line}, {verified.moba_difference:.1e} with MoBA on {verified.moba_tokens} tokens"
