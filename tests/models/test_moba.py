@@ -77,7 +77,7 @@ def recomputed(model: Any, sequence: Tensor, mask: Tensor, prompt: int) -> Tenso
         {"cache_implementation": "static"},
         {"prefill_chunk_size": 5},
         {"prefill_chunk_size": 5, "cache_implementation": "static"},
-        {"prompt_lookup_num_tokens": 3},
+        {"prompt_lookup_num_tokens": 3, "eos_token_id": 0},
     ],
     ids=str,
 )

@@ -88,8 +88,9 @@ def ids(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Largest difference relative to the largest value."""
-    return float((got.detach().double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1.0))
+    """Largest difference relative to the largest value, or to 1."""
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).abs().max() / want.abs().max().clamp(min=1.0))
 
 
 def padded(rows: Tensor, lengths: list[int], side: str) -> tuple[Tensor, Tensor]:
