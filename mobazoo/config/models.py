@@ -86,7 +86,7 @@ def parse_entry(name: str, family: str, text: str, overrides: Sequence[str] = ()
     refuse_unknown(said, [f.name for f in settable], f"model {name}")
     for key, kind in (("licence", str), ("parameters", int), ("config", dict)):
         if not isinstance(said.get(key), kind):
-            raise InputError(f"model {name}.{key}: want a {kind.__name__}, got {said.get(key)!r}")
+            raise InputError(f"model {name}.{key}: want {kind.__name__}, got {said.get(key)!r}")
     moba_rules({"attention": said.get("attention")})
     return ModelEntry(name=name, family=family, **{key: value for key, value in said.items() if value is not None})
 
@@ -106,6 +106,7 @@ def _apply(tree: DictConfig, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise InputError(f"override {override!r}: want key=value, like attention[0].top_k=4")
+    _refuse_interpolation(value, f"override {key}")  # before anything could read it
     try:
         OmegaConf.update(tree, key, OmegaConf.from_dotlist([f"value={value}"])["value"])
     except (YAMLError, OmegaConfBaseException, IndexError, TypeError, ValueError) as error:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mobazoo.attention.pattern import Full, MoBA, Pattern
@@ -42,7 +41,11 @@ class Rule:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that say something, as plain JSON."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name in RULE_KEYS if (value := getattr(self, name)) is not None}
+
+
+# Read once: torch.compile traces what reads rules, and cannot trace `fields` and `asdict`.
+RULE_KEYS = tuple(field.name for field in fields(Rule))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,11 @@ def parse_rules(rules: Sequence[Mapping[str, Any]] | None, where: str = "attenti
     """
     if rules is not None and (isinstance(rules, str | Mapping) or not isinstance(rules, Sequence)):
         raise InputError(f"{where}: want a list of rules like [{{layers: ':', pattern: moba, ...}}], got {rules!r}")
-    known = [field.name for field in fields(Rule)]
     parsed = []
     for i, rule in enumerate(rules or ()):
         if not isinstance(rule, Mapping):
             raise InputError(f"{where}[{i}]: want a mapping like {{layers: ':', pattern: moba, ...}}, got {rule!r}")
-        refuse_unknown(rule, known, f"{where}[{i}]")
+        refuse_unknown(rule, RULE_KEYS, f"{where}[{i}]")
         parsed.append(Rule(**rule))
         _check(parsed[-1], f"{where}[{i}]")
     return tuple(parsed)
@@ -99,13 +101,16 @@ def resolve(rules: Sequence[Rule], num_layers: int, where: str = "attention") ->
     Raises:
         InputError: a layer that is not there, a slice that is none, or ``moba`` without its sizes.
     """
-    merged: list[dict[str, Any]] = [{} for _ in range(num_layers)]
+    return tuple(resolve_layer(rules, number, num_layers, where) for number in range(num_layers))
+
+
+def resolve_layer(rules: Sequence[Rule], number: int, num_layers: int, where: str = "attention") -> LayerAttention:
+    """The attention of one layer; see ``resolve``. Cheap enough to ask in every call of a layer."""
+    said: dict[str, Any] = {}
     for i, rule in enumerate(rules):
-        said = rule.as_dict()
-        layers = said.pop("layers")
-        for layer in _layers(layers, num_layers, f"{where}[{i}].layers"):
-            merged[layer].update(said)
-    return tuple(_layer(said, f"{where}: layer {n}") for n, said in enumerate(merged))
+        if number in _layers(rule.layers, num_layers, f"{where}[{i}].layers"):
+            said.update(rule.as_dict())
+    return _layer(said, f"{where}: layer {number}")
 
 
 def _layers(layers: int | str, num_layers: int, where: str) -> range:
@@ -149,17 +154,3 @@ def moba_rules(moba: Mapping[str, Any] | None) -> tuple[Rule, ...]:
         raise InputError(f"moba: want a mapping like {{attention: [...]}}, got {moba!r}")
     refuse_unknown(moba, MOBA_KEYS, "moba")
     return parse_rules(moba.get("attention"), "moba.attention")
-
-
-def moba_layers(moba: Mapping[str, Any] | None, num_layers: int) -> tuple[LayerAttention, ...]:
-    """What a config's object ``moba`` comes to for every layer; cheap when asked again.
-
-    Raises:
-        InputError: as ``moba_rules`` and ``resolve``.
-    """
-    return _resolved(moba_rules(moba), num_layers)
-
-
-@lru_cache(maxsize=64)
-def _resolved(rules: tuple[Rule, ...], num_layers: int) -> tuple[LayerAttention, ...]:
-    return resolve(rules, num_layers, "moba.attention")

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from transformers.masking_utils import and_masks, causal_mask_function
 
 from mobazoo.attention import Segments, attend
-from mobazoo.config.rules import LayerAttention, moba_layers
+from mobazoo.config.rules import LayerAttention, moba_rules, resolve_layer
 from mobazoo.errors import InputError, UnsupportedError
 
 # What transformers passes to attention functions and that changes nothing here.
@@ -71,7 +71,7 @@ def moba_mask(
     if real is not None:
         first = torch.where(real, slot, kv_length).amin(1, keepdim=True)
         slot = torch.where(real, slot - first, -1)
-    rows = [slot] if at_end else [slot, torch.zeros_like(slot) + q_offset]
+    rows = [slot] if at_end else [slot, (torch.zeros_like(slot) + q_offset).to(torch.int32)]
     return torch.stack(rows, dim=1)[:, None]
 
 
@@ -167,7 +167,8 @@ def _refuse(module: nn.Module, options: dict[str, Any]) -> None:
     if config.output_attentions:
         options = {**options, "output_attentions": True}
     for name, value in options.items():
-        if name in _HARMLESS or value is None or value is False or (name in _NEUTRAL and value == _NEUTRAL[name]):
+        nothing = value == _NEUTRAL[name] if name in _NEUTRAL else value is False
+        if name in _HARMLESS or value is None or nothing:
             continue
         shown = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise UnsupportedError(f"attn_implementation='moba' cannot honour {name}={shown}; turn it off")
@@ -182,14 +183,14 @@ def layer_attention(module: nn.Module) -> LayerAttention:
     """
     config: Any = module.config
     moba = config.__dict__.get("moba")
-    layers = moba_layers(moba, config.num_hidden_layers)
+    rules = moba_rules(moba)
     if moba is None or moba.get("attention") is None:
         raise InputError(
             "attn_implementation='moba' needs rules in the config: set config.moba = "
             "{'attention': [{'pattern': 'moba', 'block_size': ..., 'top_k': ...}]}"
         )
     number: Any = module.layer_idx
-    layer = layers[number]
+    layer = resolve_layer(rules, number, config.num_hidden_layers, "moba.attention")
     if layer.kconv:
         raise UnsupportedError("kconv adds weights that a stock model does not have; convert to a zoo checkpoint")
     return layer

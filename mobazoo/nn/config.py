@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from mobazoo.config.rules import LayerAttention, Rule, moba_layers, moba_rules
+from mobazoo.config.rules import LayerAttention, Rule, moba_rules, resolve
 from mobazoo.errors import UnsupportedError
 
 
@@ -34,7 +34,7 @@ class MobaConfigMixin(PreTrainedConfig):
 
     def attention_layers(self) -> tuple[LayerAttention, ...]:
         """The attention of every layer."""
-        return moba_layers(self.moba, self.num_hidden_layers)
+        return resolve(self.attention_rules(), self.num_hidden_layers, "moba.attention")
 
     def refuse_unsupported(self) -> None:
         """Refuses layers that are not full attention, attention dropout, other activations and bidirectional attention.

@@ -36,7 +36,7 @@ def past_length(cache: Cache | None) -> int | Tensor:
     """Tokens in the cache; a tensor only inside a compiled graph, which must not read a static cache's counter."""
     past: int | Tensor = 0 if cache is None else cache.get_seq_length()
     if isinstance(past, Tensor):
-        return past.clone() if torch.compiler.is_compiling() else int(past)  # it counts on in place
+        return past.clone().reshape(()) if torch.compiler.is_compiling() else int(past)  # it counts on in place
     return past
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import StaticCache
 
 import mobazoo
+from mobazoo.attention import Segments
+from mobazoo.integrations.transformers import moba_attention, moba_mask
 from tests.models.tiny import MOBA, SIZES, STOCK, error, ids, ours, padded, stock
 
 STOCKS = ("llama", "qwen2", "qwen3", "mistral")
@@ -158,8 +160,6 @@ def test_a_stock_model_compiles_in_one_graph() -> None:
 
 
 def test_documents_are_found_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mobazoo.attention import Segments
-
     calls = []
     made = Segments.from_position_ids.__func__
     monkeypatch.setattr(
@@ -214,16 +214,13 @@ def test_sliding_windows(family: str) -> None:
         ("sliding_window", 8, "8"),
         ("softcap", 30.0, r"30\.0"),
         ("s_aux", torch.zeros(4), r"a tensor \[4\]"),
-        ("is_causal", False, None),
         ("something_new", 1, "1"),
         ("cu_seq_lens_q", torch.zeros(3), r"a tensor \[3\]"),
     ],
 )
-def test_options_that_would_change_the_result(name: str, value: Any, shown: str | None) -> None:
+def test_options_that_would_change_the_result(name: str, value: Any, shown: str) -> None:
     model = stock("llama", "moba", MOBA)
-    if shown is None:
-        model(ids(1, 4), **{name: None})
-        return
+    model(ids(1, 4), **{name: None})
     with refuse(f"cannot honour {name}={shown}; turn it off"):
         model(ids(1, 4), **{name: value})
 
@@ -256,3 +253,16 @@ def test_bidirectional_models() -> None:
     model = STOCK["llama"]._from_config(config, attn_implementation="moba").eval()
     with refuse("a sliding window or a mask of its own"):
         model(ids(1, 4))
+
+
+def test_options_of_the_call_itself() -> None:
+    module = stock("llama", "moba", MOBA).model.layers[0].self_attn
+    q, k = torch.zeros(1, 4, 4, 16), torch.zeros(1, 2, 4, 16)
+    mask = moba_mask(1, 4, 4)
+    out, weights = moba_attention(module, q, k, k, mask, is_causal=True, dropout=0.0, softcap=None, anything=False)
+    assert out.shape == (1, 4, 4, 16)
+    assert weights is None
+    with refuse("cannot honour is_causal=False; turn it off"):
+        moba_attention(module, q, k, k, mask, is_causal=False)
+    with refuse("given a foreign mask: None"):
+        moba_attention(module, q, k, k, None)

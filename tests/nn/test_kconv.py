@@ -1,0 +1,102 @@
+"""The key convolution: its formula, its zero start, documents and padding, and caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from mobazoo.attention import Segments
+from mobazoo.errors import UnsupportedError
+from mobazoo.nn.kconv import KeyConv
+from tests.models.tiny import MOBA, error, ids, ours, padded
+
+RULES = [{**MOBA[0], "kconv": 3}, {"layers": -1, "pattern": "full", "kconv": 5}]
+
+
+@pytest.mark.parametrize("width", [3, 5])
+def test_it_is_the_sum_over_the_document(width: int) -> None:
+    torch.manual_seed(0)
+    conv = KeyConv(2, 4, width).double()
+    torch.nn.init.normal_(conv.weight)
+    segments = Segments.from_lengths([[5, 1, 3], [4]], length=11)
+    k = torch.randn(2, 2, 11, 4, dtype=torch.float64)
+    want = k.clone()
+    for b in range(2):
+        for t in range(11):
+            taps = range(min(width, int(segments.pos[b, t]) + 1))
+            want[b, :, t] += silu(sum(conv.weight[n, :, 0] * k[b, :, t - n] for n in taps))
+    real = segments.doc >= 0
+    torch.testing.assert_close(conv(k, segments.pos).transpose(1, 2)[real], want.transpose(1, 2)[real])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_zero_start_is_the_identity_and_learns(family: str) -> None:
+    plain = ours(family, [{**rule, "kconv": 0} for rule in RULES])
+    model = ours(family, RULES)
+    extra = set(model.state_dict()) - set(plain.state_dict())
+    assert extra == {f"model.layers.{n}.self_attn.k_conv.weight" for n in range(3)}
+    with torch.no_grad():
+        for name in extra:
+            model.get_parameter(name).zero_()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    tokens = ids(2, 30)
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    model(tokens, labels=tokens).loss.backward()
+    assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in extra)
+
+
+def test_new_models_start_at_zero() -> None:
+    config = ours("llama", RULES).config
+    model = type(ours("llama"))(config)
+    assert not any(p.any() for name, p in model.named_parameters() if "k_conv" in name)
+
+
+def test_packed_equals_separate() -> None:
+    model = ours("llama", RULES)
+    tokens, lengths = ids(1, 40), [17, 2, 21]
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    got = model(tokens, position_ids=position_ids).logits[0].split(lengths)
+    for part, logits in zip(tokens[0].split(lengths), got, strict=True):
+        assert error(logits, model(part[None]).logits[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_equals_unpadded(side: str) -> None:
+    model = ours("qwen2", RULES)
+    rows, lengths = ids(2, 24), [24, 11]
+    tokens, mask = padded(rows, lengths, side)
+    got = model(tokens, attention_mask=mask).logits
+    for b, n in enumerate(lengths):
+        assert error(got[b][mask[b].bool()], model(rows[b : b + 1, 24 - n :]).logits[0]) <= 1e-5
+
+
+def test_it_matters_under_full_attention() -> None:
+    model, plain = ours("llama", [{"kconv": 3}]), ours("llama")
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert error(model(ids(1, 20)).logits, plain(ids(1, 20)).logits) > 1e-2
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": True}])
+def test_a_cache_is_refused(options: dict[str, Any]) -> None:
+    model = ours("llama", RULES)
+    with pytest.raises(UnsupportedError, match="kconv with a KV cache is not supported yet; pass use_cache=False"):
+        model.generate(ids(1, 10), max_new_tokens=2, do_sample=False, **options)
+    with pytest.raises(UnsupportedError, match="kconv with a KV cache is not supported yet"):
+        model(ids(1, 10), use_cache=True)
+    assert model(ids(1, 10)).past_key_values is None
+
+
+def test_generation_without_a_cache() -> None:
+    model = ours("llama", [{**RULES[0], "decode": "moba"}])
+    out = model.generate(ids(1, 10), max_new_tokens=9, do_sample=False, use_cache=False)
+    assert torch.equal(out[:, 10:], model(out).logits[:, 9:-1].argmax(-1))
+
+
+def test_it_comes_and_goes_by_conversion_only() -> None:
+    with pytest.raises(UnsupportedError, match="layer 0 has kconv 3, the rules say 0; its weights come by conversion"):
+        ours("llama", RULES).set_attention(MOBA)
+    with pytest.raises(UnsupportedError, match="layer 0 has kconv 0, the rules say 3"):
+        ours("llama", MOBA).set_attention(RULES)
