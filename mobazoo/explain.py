@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 
@@ -17,7 +18,7 @@ from mobazoo.config.rules import LayerAttention
 def keys_read(pattern: Pattern, length: int) -> int:
     """Keys that all queries of one document of ``length`` tokens read together, per query head.
 
-    Exact: a query reads its own block up to itself and ``top_k - 1`` complete earlier ones, fewer where there are fewer.
+    Exact: a query reads its own block up to itself and ``top_k - 1`` complete earlier ones, fewer where fewer are.
     With 4096 tokens, blocks of 512 and top 3 the query at 4000 reads ``4000 % 512 + 1 + 2 * 512`` keys.
     """
     if isinstance(pattern, Full):
@@ -65,7 +66,7 @@ def groups(layers: Sequence[LayerAttention]) -> list[tuple[str, int, LayerAttent
 
 
 def _numbers(numbers: list[int]) -> str:
-    steps = {later - earlier for earlier, later in zip(numbers, numbers[1:], strict=False)}
+    steps = {later - earlier for earlier, later in pairwise(numbers)}
     if len(numbers) > 2 and len(steps) == 1 and steps != {1}:
         return f"{numbers[0]}-{numbers[-1]} by {steps.pop()}"
     runs: list[list[int]] = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from mobazoo.config.generate import GenerateRecipe
@@ -59,10 +60,9 @@ def generate(
         )
     if recipe.seed is not None:
         torch.manual_seed(recipe.seed)
+    writer, write_text = _Writer(tokenizer, write), cast(Callable[..., Tensor], model.generate)
     begin = time.perf_counter()
-    output = model.generate(
-        **inputs, max_new_tokens=recipe.max_new_tokens, streamer=_Writer(tokenizer, write), **_sampling(recipe)
-    )
+    output = write_text(**inputs, max_new_tokens=recipe.max_new_tokens, streamer=writer, **_sampling(recipe))
     return Report(length, output.shape[1] - length, time.perf_counter() - begin)
 
 

@@ -95,7 +95,9 @@ def _from_folder(target: str, overrides: Sequence[str]) -> tuple[PreTrainedConfi
     said = read_json(inside(folder, CONFIG))
     family = family_of(said, folder)
     own = zoo_config(family, said, [], folder)
-    source = Source(target, f"{folder / CONFIG} (moba)", to_yaml(Rules([rule.as_dict() for rule in own.attention_rules()])))
+    source = Source(
+        target, f"{folder / CONFIG} (moba)", to_yaml(Rules([rule.as_dict() for rule in own.attention_rules()]))
+    )
     rules = parse_recipe(source, overrides, Rules).attention
     config = zoo_config(family, {**said, "moba": None}, rules, folder)
     return config, skeleton(family.model, config, folder)

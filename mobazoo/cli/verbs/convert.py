@@ -6,12 +6,17 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mobazoo.cli.output import progress, size
 from mobazoo.cli.work import DryRun, Outcome, Overrides, RecipeArgument, work
 from mobazoo.config.convert import ConvertRecipe
 from mobazoo.config.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from mobazoo.checkpoint.convert import ConvertReport
+    from mobazoo.checkpoint.plan import Plan
+    from mobazoo.checkpoint.verify import VerifyReport
 
 PLACE = ("2 Work", 1)
 EXAMPLES = """Example: mobazoo convert moba-4096x12 source=./Llama-3.1-8B dest=./Llama-3.1-8B-moba
@@ -37,14 +42,18 @@ def resolve(recipe: str, overrides: Sequence[str]) -> ConvertRecipe:
 def plan(recipe: ConvertRecipe) -> list[str]:
     """What would happen. A folder that is here is checked as for the conversion itself; the Hub is not asked."""
     if not Path(recipe.source).expanduser().is_dir():
-        lines = [f"would read {recipe.source}, which is no folder here, so it would be looked up on the Hub"]
+        lines = [f"would read {recipe.source} (no folder here now; a Hub id if there is none by then)"]
     else:
-        found = import_module("mobazoo.checkpoint.convert").plan_convert(recipe)
+        found: Plan = import_module("mobazoo.checkpoint.convert").plan_convert(recipe)
         same = sum(shard.same is not None for shard in found.shards)
         lines = [
             f"would read {recipe.source}",
             f"would link or copy {same} weight files and write {len(found.shards) - same}, {size(found.nbytes)} in all",
-            *(f"would {what} {len(names)} tensors" for what, names in (("add", found.added), ("drop", found.dropped)) if names),
+            *(
+                f"would {what} {len(names)} tensors"
+                for what, names in (("add", found.added), ("drop", found.dropped))
+                if names
+            ),
         ]
     proof = "prove the result before putting it in place" if recipe.verify else "prove nothing (verify: false)"
     return [*lines, f"would write {recipe.dest}", f"would {proof}"]
@@ -53,15 +62,16 @@ def plan(recipe: ConvertRecipe) -> list[str]:
 def execute(recipe: ConvertRecipe) -> Outcome:
     """Converts, with a bar on a terminal."""
     with progress() as update:
-        report = import_module("mobazoo.checkpoint.convert").convert(recipe, update)
+        report: ConvertReport = import_module("mobazoo.checkpoint.convert").convert(recipe, update)
     what = f"wrote {recipe.dest}: {report.tensors} tensors, {size(report.nbytes)}, {report.linked} files linked"
     return Outcome(f"{what}, {_proof(report.verified)}", [recipe.dest])
 
 
-def _proof(verified: Any) -> str:
+def _proof(verified: VerifyReport | None) -> str:
     if verified is None:
         return "not verified"
-    line = f"verified: logits within {verified.difference:.1e} of transformers'"
-    if verified.moba_difference is None:
+    found = verified.logits
+    line = f"verified: logits within {found.difference:.1e} of transformers'"
+    if found.moba_difference is None:
         return line
-    return f"{line}, {verified.moba_difference:.1e} with MoBA on {verified.moba_tokens} tokens"
+    return f"{line}, {found.moba_difference:.1e} with MoBA on {found.moba_tokens} tokens"

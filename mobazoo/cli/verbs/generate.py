@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from mobazoo.config.generate import GenerateRecipe
 from mobazoo.config.recipe import parse_recipe
 from mobazoo.config.shipped import RECIPES, Source, find, shipped
 from mobazoo.errors import InputError
+
+if TYPE_CHECKING:
+    from mobazoo.generate import Report
 
 PLACE = ("2 Work", 3)
 EXAMPLES = """Example: mobazoo generate ./Llama-3.1-8B-moba --prompt 'Once upon a time' max_new_tokens=100
@@ -28,7 +31,9 @@ def main(
     model: Annotated[str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe, a checkpoint folder or a Hub id.")],
     overrides: Overrides = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt itself.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="A text file to read it from.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", "-f", help="A text file to read it from.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Write text after a prompt, which is an option, a file or stdin."""
@@ -38,7 +43,7 @@ def main(
         return
     text = _prompt(prompt, prompt_file)
     loaded, tokenizer = _load(recipe)
-    report = import_module("mobazoo.generate").generate(loaded, tokenizer, text, recipe, _write)
+    report: Report = import_module("mobazoo.generate").generate(loaded, tokenizer, text, recipe, _write)
     print(flush=True)
     rate = report.new_tokens / report.seconds
     note(f"{report.prompt_tokens} tokens read, {report.new_tokens} written in {report.seconds:.1f} s ({rate:.1f}/s)")

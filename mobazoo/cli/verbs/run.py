@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+import typer
 
 from mobazoo.cli.output import note, table
 from mobazoo.cli.stages import planned
@@ -14,13 +14,13 @@ PLACE = ("2 Work", 9)
 EXAMPLES = "Example: mobazoo run mine.yaml folder=runs/mine --dry-run"
 
 
-def main(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def main(context: typer.Context, recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Run the stages of a recipe in order; what is done already is skipped.
 
     A stage counts as done while its recipe, the stages before it and what it wrote are as they were.
     """
     resolved = load_recipe(recipe, overrides or [], RunRecipe)
-    stages = planned(resolved, import_module("mobazoo.cli.app").discover())
+    stages = planned(resolved, context.obj)
     names = [f"stage {i} of {len(stages)}: {stage.step.verb} {stage.step.recipe}" for i, stage in enumerate(stages, 1)]
     if dry_run:
         lines = []

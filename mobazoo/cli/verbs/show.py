@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mobazoo.cli.output import say, table
 from mobazoo.cli.work import Overrides
+
+if TYPE_CHECKING:
+    from mobazoo.cli.describe import Described
 
 PLACE = ("1 Look", 3)
 EXAMPLES = """Example: mobazoo show llama3.1-8b attention[0].top_k=8
@@ -27,7 +30,7 @@ def main(
     Keys read are exact, per query head and against full attention, as a mean over the layers.
     """
     describe = import_module("mobazoo.cli.describe")
-    found = describe.describe(model, overrides or [], device, dtype)
+    found: Described = describe.describe(model, overrides or [], device, dtype)
     table(found.name, ("fact", "value"), found.facts)
     say()
     table("Layers", describe.HEADER, found.rows)

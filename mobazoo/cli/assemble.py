@@ -39,12 +39,14 @@ def version(asked: bool) -> None:
 
 
 def mobazoo(
+    context: typer.Context,
     _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Mixture of Block Attention: look at models, convert checkpoints, run recipes.
 
     A recipe is a YAML file or the name of one that is shipped; key=value after it changes it for this run.
     """
+    context.obj = discover()
 
 
 def build() -> typer.Typer:
@@ -52,7 +54,7 @@ def build() -> typer.Typer:
     built = typer.Typer(
         add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
     )
-    built.callback(epilog="Example: mobazoo show llama/llama-3.1-8b-moba")(mobazoo)
+    built.callback(epilog="Example: mobazoo show llama3.1-8b")(mobazoo)
     for name, module in discover().items():
         settings = getattr(module, "CONTEXT", None)
         built.command(
