@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import mobazoo.models
 from mobazoo.errors import InputError, MobazooError, UnsupportedError
+from mobazoo.nn.decoder import MobaForCausalLM
 
 PREFIX = "moba_"
+_ZOO = "mobazoo.models"
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +28,18 @@ class Family:
 
     name: str
     config: type[PreTrainedConfig]
-    model: type[PreTrainedModel]
+    model: type[MobaForCausalLM]
 
     @property
     def architecture(self) -> str:
-        """transformers' own class, ``LlamaForCausalLM``."""
+        """Name of transformers' own class, ``LlamaForCausalLM``."""
         return self.model.__name__.removeprefix("Moba")
 
     @property
-    def stock(self) -> type[PreTrainedModel]:
-        """The class itself."""
-        return getattr(transformers, self.architecture)
+    def stock(self) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+        """transformers' own configuration and model."""
+        config = self.config.__name__.removeprefix("Moba")
+        return getattr(transformers, config), getattr(transformers, self.architecture)
 
 
 def is_zoo(config: Mapping[str, Any]) -> bool:
@@ -50,7 +54,7 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
         UnsupportedError: another architecture, quantised weights, or a model that brings its own code.
     """
     kind = config.get("model_type")
-    known = sorted(info.name for info in iter_modules(mobazoo.models.__path__) if info.ispkg)
+    known = sorted(info.name for info in iter_modules(import_module(_ZOO).__path__) if info.ispkg)
     name = str(kind).removeprefix(PREFIX)
     if name not in known:
         raise UnsupportedError(f"{where}: model_type {kind!r} is not supported; known: {', '.join(known)}")
@@ -58,7 +62,7 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
         raise UnsupportedError(f"{where}: brings its own code (auto_map in config.json), which is never run")
     if config.get("quantization_config"):
         raise UnsupportedError(f"{where}: quantised weights are not supported; take the checkpoint in bfloat16")
-    module = import_module(f"mobazoo.models.{name}.model")
+    module = import_module(f"{_ZOO}.{name}.model")
     own = [
         value for key, value in vars(module).items() if key.startswith("Moba") and value.__module__ == module.__name__
     ]
@@ -102,7 +106,7 @@ def zoo_config(
     return build_config(family.config, edited, where)
 
 
-def skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig, where: object) -> PreTrainedModel:
+def skeleton(cls: type[Model], config: PreTrainedConfig, where: object) -> Model:
     """A model whose parameters are on ``meta`` and whose buffers (rotary frequencies) are real.
 
     Raises:

@@ -70,17 +70,21 @@ def open_folder(path: Path) -> Folder:
             disagrees with its shards.
         UnsupportedError: pickled weights only.
     """
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder")
-    if not (path / CONFIG).exists():
-        raise InputError(f"{path}: not a checkpoint folder: it has no {CONFIG}")
     try:
-        config = read_json(inside(path, CONFIG))
-        shards = tuple(Shard(name, file, read_header(file)) for name, file in _shard_files(path).items())
+        return _open(path)
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
-    where = {name: shard for shard in shards for name in shard.tensors}
+
+
+def _open(path: Path) -> Folder:
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder")
+    if not (path / CONFIG).exists() and not (path / CONFIG).is_symlink():
+        raise InputError(f"{path}: not a checkpoint folder: it has no {CONFIG}")
+    config = read_json(inside(path, CONFIG))
+    shards = tuple(Shard(name, file, read_header(file)) for name, file in _shard_files(path).items())
     _check_index(path, shards)
+    where = {name: shard for shard in shards for name in shard.tensors}
     tensors = {name: shard.tensors[name] for name, shard in where.items()}
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > len(tensors):  # a model of a billion layers would take an age to refuse
@@ -137,14 +141,14 @@ def _shard_files(path: Path) -> dict[str, Path]:
         raise InputError(f"{path}: has both {WEIGHTS} and {INDEX}; remove the stale one")
     if index.exists() or index.is_symlink():
         weight_map = _weight_map(path)
-        return {name: inside(path, name) for name in dict.fromkeys(weight_map.values())}
+        return {name: inside(path, name) for name in sorted(set(weight_map.values()))}
     if single.exists() or single.is_symlink():
         return {WEIGHTS: inside(path, WEIGHTS)}
     pickles = sorted(found.name for pattern in _PICKLES for found in path.glob(pattern))
     if pickles:
         raise UnsupportedError(
-            f"{path}: only pickled weights ({pickles[0]}), which can run code when loaded; if you trust them, save them "
-            "anew: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{path}: only pickled weights ({pickles[0]}), which can run code when loaded; if you trust them, "
+            "save them anew: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise InputError(f"{path}: no weights: neither {WEIGHTS} nor {INDEX}")
 

@@ -63,6 +63,6 @@ def provenance_name(folder: Path) -> str:
     """How a checkpoint's origin is written down: Hub id with its commit, or the folder's bare name."""
     root = folder.resolve()
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        repository = root.parent.parent.name.removeprefix("models--").replace("--", "/")
+        repository = root.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
         return f"{repository}@{root.name}"
     return root.name

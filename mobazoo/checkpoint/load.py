@@ -46,7 +46,7 @@ def load(
     Args:
         path_or_name: local folder, or Hub id (``org/name``); offline where ``HF_HUB_OFFLINE`` is set.
         attention: per-layer rules, applied after the folder's own: each overrides only the fields it names, so
-            ``[{"layers": ":", "pattern": "full"}]`` starts afresh and ``[{"backend": "flash"}]`` changes the backend only.
+            ``[{"layers": ":", "pattern": "full"}]`` starts afresh and ``[{"backend": "flash"}]`` changes backends only.
         attn: ``moba`` (the rules, which must give some layer MoBA), ``moba_naive`` (the same by the reference backend)
             or ``full`` (no layer MoBA).
         device: where the model goes (None: torch's default device).
@@ -166,7 +166,8 @@ def check_tied(folder: Folder, *, tied: bool) -> None:
     """
     if tied and HEAD in folder.tensors and not torch.equal(folder.read(HEAD), folder.read(EMBEDDING)):
         raise InputError(
-            f"{folder.path}: tie_word_embeddings is true but {HEAD} differs from {EMBEDDING}; set it to false in config.json"
+            f"{folder.path}: tie_word_embeddings is true but {HEAD} differs from {EMBEDDING}; "
+            "set it to false in config.json"
         )
 
 

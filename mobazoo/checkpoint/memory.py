@@ -23,7 +23,7 @@ def _group() -> int | None:
     root = Path("/sys/fs/cgroup")
     try:
         limit, used = ((root / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-        inactive = (root / "memory.stat").read_text(encoding="ascii").split("inactive_file ")[-1].split()[0]
+        stat = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
     except OSError:
         return None
-    return None if limit == "max" else int(limit) - int(used) + int(inactive)
+    return None if limit == "max" else int(limit) - int(used) + int(stat.get("inactive_file", 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,11 +14,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mobazoo.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two conversions to one place at the same time are not noticed
-    fcntl = None  # type: ignore[assignment]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -34,7 +30,7 @@ def staged(dest: Path, *, replace: bool) -> Iterator[Path]:
         InputError: another run is writing the same folder, the disk is full, or the place cannot be written.
     """
     new, old = dest.with_name(f".{dest.name}.mobazoo-new"), dest.with_name(f".{dest.name}.mobazoo-old")
-    with _named_errors(dest):
+    with named_errors(dest):
         dest.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(new, dest)
         try:
@@ -53,8 +49,6 @@ def _locked(new: Path, dest: Path) -> int:
     while True:
         new.mkdir(exist_ok=True)
         handle = os.open(new, os.O_RDONLY)
-        if fcntl is None:
-            return handle
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -83,7 +77,7 @@ def _recover(dest: Path, new: Path, old: Path) -> None:
 
 
 def _swap(new: Path, dest: Path, old: Path, replace: bool) -> None:
-    if dest.exists():
+    if dest.exists() and any(dest.iterdir()):
         if not replace:
             raise InputError(f"{dest}: appeared meanwhile; pass overwrite=true to replace it")
         if not _exchange(new, dest):
@@ -106,13 +100,12 @@ def _exchange(a: Path, b: Path) -> bool:
 
 def _sync(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
-        _sync_one(path)
+        if path.is_dir() or path.stat().st_nlink == 1:  # linked files are the source's, and on disk
+            _sync_one(path)
     _sync_one(folder)
 
 
 def _sync_one(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -121,7 +114,8 @@ def _sync_one(path: Path) -> None:
 
 
 @contextmanager
-def _named_errors(dest: Path) -> Iterator[None]:
+def named_errors(dest: Path) -> Iterator[None]:
+    """Turns what can go wrong with a disk into one line."""
     try:
         yield
     except SafetensorError as error:
@@ -131,9 +125,7 @@ def _named_errors(dest: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise _full(dest) from None
-        raise InputError(
-            f"{dest}: cannot be written: {error.strerror} ({error.filename}); nothing was changed"
-        ) from None
+        raise InputError(f"{dest}: cannot be written: {error.strerror} ({error.filename})") from None
 
 
 def _full(dest: Path) -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -84,13 +85,13 @@ def check_memory(folder: Folder, family: Family) -> None:
     Raises:
         InputError: the largest module in float32 and its stored form, and the logits, do not fit.
     """
-    largest = max((info.nbytes // 2 * 4 for info in folder.tensors.values()), default=0)
+    largest = max((4 * prod(info.shape) for info in folder.tensors.values()), default=0)
     vocabulary = folder.config.get("vocab_size")
     need = 2 * largest + 4 * 4 * TOKENS * (vocabulary if isinstance(vocabulary, int) else 0)
     free = available_memory()
     if free is not None and need > free:
         raise InputError(
-            f"{folder.path}: verifying a {family.name} this size needs {need:,} bytes of memory, {free:,} are available; "
+            f"{folder.path}: verifying this {family.name} needs {need:,} bytes of memory, {free:,} are available; "
             "free some or pass verify=false"
         )
 

@@ -29,7 +29,7 @@ def write_shards(folder: Folder, plan: Plan, new: Path, done: Done) -> dict[str,
     """Writes all weights and their index; returns how many files were ``linked``, ``copied`` and ``written``."""
     counts = {"linked": 0, "copied": 0, "written": 0}
     total = len(plan.shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(plan.shards, 1):
         name = WEIGHTS if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
         counts[_write_shard(folder, shard, new / name)] += 1

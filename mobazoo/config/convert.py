@@ -66,9 +66,7 @@ class ConvertRecipe:
         if self.dtype is not None:
             _one_of("dtype", self.dtype, DTYPES)
         if self.to == "hf" and self.attention:
-            raise InputError(
-                "convert.attention: a plain Hugging Face checkpoint has no rules; leave them out or use to: zoo"
-            )
+            raise InputError("convert.attention: a plain Hugging Face checkpoint has no rules; drop them, or to: zoo")
         parse_rules(self.attention, "convert.attention")
         size = self.max_shard_size
         if size is not None and (isinstance(size, bool) or not size or (isinstance(size, int) and size < 0)):
