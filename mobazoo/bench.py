@@ -1,4 +1,4 @@
-"""Times attention by blocks against full attention, paired: ``python -m mobazoo.bench --help``.
+"""Times attention by blocks against full attention, paired: ``mobazoo bench --help`` (or ``python -m mobazoo.bench``).
 
 The rival is what a user would call instead, ``scaled_dot_product_attention(is_causal=True)`` on repeated keys and
 values. Each round times the rival once and mobazoo a few times right after it, and a ratio belongs to its round, so
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -230,8 +231,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
 @app.command(
-    epilog="Examples: `python -m mobazoo.bench --length 16384 --block-size 128 --top-k 8 --backward`, "
-    "`python -m mobazoo.bench --suite cpu --json cpu.json`"
+    epilog="Examples: `mobazoo bench --length 16384 --block-size 128 --top-k 8 --backward`, "
+    "`mobazoo bench --suite cpu --json cpu.json`"
 )
 def main(
     suite: Annotated[str, typer.Option(help="`cpu`: all figures of docs/benchmarks/cpu.md. Empty: one case.")] = "",
@@ -245,15 +246,20 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Paired rounds a case.")] = 3,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write every figure here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table here, with command and machine.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be timed; time nothing.")] = False,
 ) -> None:
     """Times MoBA against full causal attention on this machine's CPU and prints where the time goes."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a table in a file is not cut to 80 columns
     try:
         torch.set_num_threads(threads)
         if suite not in ("", "cpu"):
             raise InputError(f"bench: unknown suite {suite!r}; known: cpu")
         one = Case(length, block_size, top_k, dtype, backward, backend)
         cases = list(suite_cpu()) if suite else [(one, "")]
+        if dry_run:
+            for case, bound in cases:
+                console.print(f"would time {case.label()} {bound}".rstrip())
+            return
         results = []
         for case, bound in cases:
             with console.status(case.label()):

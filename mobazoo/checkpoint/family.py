@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mobazoo.errors import InputError, MobazooError, UnsupportedError
-from mobazoo.nn.decoder import MobaForCausalLM
+from mobazoo.nn.causal_lm import MobaForCausalLM
 
 PREFIX = "moba_"
 _ZOO = "mobazoo.models"

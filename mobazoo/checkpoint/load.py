@@ -21,7 +21,7 @@ from mobazoo.checkpoint.manifest import check_manifest
 from mobazoo.config.convert import DTYPES
 from mobazoo.config.rules import LayerAttention
 from mobazoo.errors import InputError, UnsupportedError
-from mobazoo.nn.decoder import MobaForCausalLM
+from mobazoo.nn.causal_lm import MobaForCausalLM
 
 Progress = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
 SHORTHANDS = ("moba", "moba_naive", "full")

@@ -1,0 +1,125 @@
+"""What ``mobazoo show`` says of a model, from its configuration alone: no tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mobazoo.attention.pattern import Full, MoBA
+from mobazoo.checkpoint.family import family_of, skeleton, zoo_config
+from mobazoo.checkpoint.folder import CONFIG, inside, read_json
+from mobazoo.checkpoint.hub import locate
+from mobazoo.cli.output import count, size, tokens
+from mobazoo.config.convert import DTYPES
+from mobazoo.config.models import model_entry, model_names
+from mobazoo.config.recipe import parse_recipe, to_yaml
+from mobazoo.config.rules import LayerAttention
+from mobazoo.config.shipped import Source
+from mobazoo.errors import InputError
+from mobazoo.explain import backend_of, groups, kv_bytes, share_read
+from mobazoo.zoo import build, make_config
+
+LENGTHS = (8 << 10, 128 << 10, 1 << 20)
+HEADER = ("layers", "count", "pattern", "block", "top_k", "decode", "kconv", "backend", "why")
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model in facts and a table of its layers."""
+
+    name: str
+    facts: list[tuple[str, str]]
+    rows: list[tuple[Any, ...]]
+
+
+@dataclass
+class Rules:
+    """What ``key=value`` may change of a checkpoint folder that is only looked at."""
+
+    attention: list[dict[str, Any]] = field(default_factory=list)
+
+
+def describe(target: str, overrides: Sequence[str], device: str, dtype: str | None) -> Described:
+    """A model of the zoo by name, or a checkpoint by folder or Hub id, with ``overrides``.
+
+    Args:
+        target: what ``mobazoo models`` lists, a folder, or a Hub id.
+        overrides: keys of the model file, or of a folder's ``attention``.
+        device: ``auto``, ``cpu`` or ``cuda``, for the choice of backends.
+        dtype: of the cache and for the choice of backends (None: the checkpoint's, bfloat16 if it says none).
+
+    Raises:
+        InputError: no such model, or a setting that no model could have.
+    """
+    known = target in model_names() or ("/" not in target and not Path(target).is_dir())
+    config, model = _from_zoo(target, overrides) if known else _from_folder(target, overrides)
+    layers: tuple[LayerAttention, ...] = config.attention_layers()
+    kind, where = _dtype(dtype or config.dtype or "bfloat16"), _device(device)
+    length = config.max_position_embeddings
+    head_dim, key_heads = config.head_dim, config.num_key_value_heads
+    per_token = kv_bytes(len(layers), key_heads, head_dim, kind)
+    name = str(kind).removeprefix("torch.")
+    facts = [
+        ("parameters", count(model.num_parameters())),
+        ("layers", str(len(layers))),
+        ("heads", f"{config.num_attention_heads} query, {key_heads} key, dim {head_dim}"),
+        ("context", f"{tokens(length)} tokens"),
+        ("KV cache per token", f"{per_token} bytes in {name}"),
+        ("KV cache at full context", size(per_token * length)),
+    ]
+    facts += [
+        (f"keys read in a prefill of {tokens(n)}", f"{float(100 * share_read(layers, n)):.3g} %") for n in LENGTHS
+    ]
+    facts.append(("backends", f"for a prefill of {tokens(length)} in {name} on {where}"))
+    rows = [
+        (which, number, *_cells(layer), *backend_of(layer, length, head_dim, kind, where))
+        for which, number, layer in groups(layers)
+    ]
+    return Described(target, facts, rows)
+
+
+def _from_zoo(name: str, overrides: Sequence[str]) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    entry = model_entry(name, overrides)
+    return make_config(entry), build(entry)
+
+
+def _from_folder(target: str, overrides: Sequence[str]) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    folder = locate(target)
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder}: not a checkpoint folder: it has no {CONFIG}")
+    said = read_json(inside(folder, CONFIG))
+    family = family_of(said, folder)
+    own = zoo_config(family, said, [], folder)
+    source = Source(
+        target, f"{folder / CONFIG} (moba)", to_yaml(Rules([rule.as_dict() for rule in own.attention_rules()]))
+    )
+    rules = parse_recipe(source, overrides, Rules).attention
+    config = zoo_config(family, {**said, "moba": None}, rules, folder)
+    return config, skeleton(family.model, config, folder)
+
+
+def _cells(layer: LayerAttention) -> tuple[Any, ...]:
+    pattern = layer.pattern
+    sizes = (pattern.block_size, pattern.top_k) if isinstance(pattern, MoBA) else (None, None)
+    return ("full" if isinstance(pattern, Full) else "moba", *sizes, layer.decode, layer.kconv or None)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name).type
+    except RuntimeError:
+        raise InputError(f"--device: want auto, cpu or cuda, got {name!r}") from None
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype:
+    short = str(name).removeprefix("torch.")
+    if short not in DTYPES:
+        raise InputError(f"--dtype: want one of {', '.join(DTYPES)}, got {short!r}")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[short]

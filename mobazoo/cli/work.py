@@ -1,0 +1,56 @@
+"""What verbs that work by a recipe share: their arguments, ``--dry-run``, and what makes a verb a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol
+
+import typer
+
+from mobazoo.cli.output import say
+from mobazoo.config.recipe import to_yaml
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of it, into lists too: attention[0].top_k=4"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would happen; do nothing.")]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb did, in a line, and the files and folders it left."""
+
+    line: str
+    outputs: list[str] = field(default_factory=list)
+
+
+class Stage(Protocol):
+    """A verb that works by a recipe: a module with these functions, which ``mobazoo run`` can call too."""
+
+    def resolve(self, recipe: str, overrides: Sequence[str]) -> Any:
+        """The recipe as a dataclass; reads no more than YAML."""
+
+    def plan(self, recipe: Any) -> list[str]:
+        """What would happen, a line each; changes nothing."""
+
+    def execute(self, recipe: Any) -> Outcome:
+        """Does it."""
+
+
+def work(verb: Stage, recipe: str, overrides: Sequence[str] | None, dry_run: bool) -> None:
+    """A verb from its command line: resolve, then plan or execute."""
+    resolved = verb.resolve(recipe, overrides or [])
+    if dry_run:
+        show_plan(resolved, verb.plan(resolved))
+    else:
+        say(verb.execute(resolved).line)
+
+
+def show_plan(resolved: Any, plan: Sequence[str]) -> None:
+    """What ``--dry-run`` prints: YAML that is a recipe again, the plan in its comments."""
+    say(to_yaml(resolved).rstrip())
+    for line in plan:
+        say(f"# {line}")

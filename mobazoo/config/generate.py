@@ -1,0 +1,35 @@
+"""The recipe of ``mobazoo generate``. Plain data: importing this needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class GenerateRecipe:
+    """One prompt, one answer. ``None`` is what the checkpoint's generation config says.
+
+    Attributes:
+        model: checkpoint folder or Hub id.
+        attention: per-layer rules instead of the checkpoint's (empty: the checkpoint's).
+        device: ``auto`` takes a GPU if there is one.
+        dtype: ``float32``, ``bfloat16`` or ``float16`` (None: as stored).
+        max_new_tokens: most tokens to write.
+        temperature: 0 is greedy.
+        top_p: share of the probability that is sampled from.
+        seed: of the sampling (None: another answer every time).
+        chat: use the tokenizer's chat template (None: if it has one).
+        system: system message, with a chat template.
+    """
+
+    model: str
+    attention: list[dict[str, Any]] = field(default_factory=list)
+    device: str = "auto"
+    dtype: str | None = None
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    chat: bool | None = None
+    system: str | None = None
