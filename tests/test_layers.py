@@ -31,11 +31,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 ATTENTION: tuple[tuple[str, ...], ...] = (
     ("mobazoo.attention.pattern", "mobazoo.attention"),
+    ("mobazoo.attention.heap",),
     ("mobazoo.attention.segments",),
     ("mobazoo.attention.blocks",),
     ("mobazoo.attention.routing",),
     ("mobazoo.attention.problem",),
-    ("mobazoo.attention.varlen", "mobazoo.attention.blockmask", "mobazoo.attention.merge"),
+    ("mobazoo.attention.tiles", "mobazoo.attention.gather", "mobazoo.attention.merge"),
+    ("mobazoo.attention.blockmask",),
     ("mobazoo.attention.kernels",),
     ("mobazoo.attention.backends",),
     ("mobazoo.attention.auto",),

@@ -26,6 +26,10 @@ def flash_arguments(dtype: torch.dtype, *, sparse: bool, grad: bool, tensor_star
         torch.tensor(0) if tensor_start else None,
         7 if sparse else 0,
         0.3,
+        segments.max_docs,
+        segments.max_len,
+        segments.whole,
+        "auto",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -12,10 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from mobazoo.attention.problem import Problem
 
+log = logging.getLogger("mobazoo.attention")
+
+_Call = Callable[..., tuple[Tensor, Tensor | None]]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Triton multiplies tiles of at least 16; wider heads than 256 have no tuned configuration.
@@ -119,13 +124,47 @@ def _(x: Tensor) -> Tensor:
 
 
 @cache
-def _compiled(on_cpu: bool, key: tuple[object, ...]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """A compilation of its own for each key.
+def _compiled(on_cpu: bool, key: tuple[object, ...]) -> _Compilation:
+    """The compilation of one key."""
+    return _Compilation(on_cpu, key)
+
+
+class _Compilation:
+    """One configuration, compiled for any length at once on a CPU.
 
     The compiler counts variants by code object and after eight of them falls back to eager, that is to dense
-    attention, or fails: eight layers that differ would do. So every key gets its own copy of the code. Lengths are
-    variables at once on a CPU. On CUDA they become so at the second length, because kernels for a fixed multiple of
-    128, as training has, do without bounds checks.
+    attention, or fails: eight layers that differ would do. So each configuration has its own copy of the code. On
+    CUDA lengths become variables at the second one, because kernels for a fixed multiple of 128, as training has, do
+    without bounds checks.
+
+    The CPU template of torch 2.13 puts sizes in by searching its text for their names, and takes a ``ks13`` for
+    ``ks1`` and a ``3``. Where that happens to a configuration, each of its lengths is compiled by itself.
     """
+
+    def __init__(self, on_cpu: bool, key: tuple[object, ...]) -> None:
+        self._on_cpu = on_cpu
+        self._any_length: _Call | None = _own(key, dynamic=True if on_cpu else None)
+        self._key = key
+        self._by_length: dict[tuple[int, ...], _Call] = {}
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, want_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._any_length is not None:
+            try:
+                return self._any_length(q, k, v, mask, scale, want_lse)
+            except InductorError as error:
+                if not self._on_cpu:
+                    raise
+                log.warning("flex: torch cannot compile this for any length (%s); compiling each", type(error).__name__)
+                self._any_length = None
+        lengths = (*q.shape, *k.shape[2:], *q.stride(), *k.stride(), *v.stride(), *mask.kv_indices.shape)
+        if lengths not in self._by_length:
+            self._by_length[lengths] = _own((*self._key, *lengths), dynamic=False)
+        return self._by_length[lengths](q, k, v, mask, scale, want_lse)
+
+
+def _own(key: tuple[object, ...], dynamic: bool | None) -> _Call:
+    """``_call`` compiled, with a code object of its own."""
     own = FunctionType(_call.__code__.replace(co_name=f"_call_{hash(key)}"), _call.__globals__, "_call")
-    return torch.compile(own, dynamic=True if on_cpu else None, fullgraph=True)
+    return torch.compile(own, dynamic=dynamic, fullgraph=True)
