@@ -80,7 +80,7 @@ def load(
     check_fits(folder, model)
     _read_tensors(model, folder, where, kind, progress)
     if (folder.path / _GENERATION).exists():
-        model.generation_config = GenerationConfig.from_dict(read_json(inside(folder.path, _GENERATION)))
+        model.generation_config = _generation_config(inside(folder.path, _GENERATION))
     return model
 
 
@@ -106,6 +106,14 @@ def check_backends(
             raise UnsupportedError(
                 f"layer {number}: backend {layer.backend!r} cannot do this: {reason} (these can: {', '.join(able)})"
             )
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    said = read_json(path)
+    try:
+        return GenerationConfig.from_dict(said)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _shorthand(attn: str | None) -> list[dict[str, Any]]:

@@ -57,7 +57,16 @@ def test_there_and_back(tmp_path: Path, family: str, tied: bool, shards: bool) -
 
 def test_small_files_come_along_and_code_does_not(single: Path, tmp_path: Path) -> None:
     kept = ("tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE", "README.md")
-    left = ("modeling.py", "pytorch_model.bin", "x.pt", "x.pth", "x.pkl", "training_args.bin", "x.bin.index.json", "LICENSE.py")
+    left = (
+        "modeling.py",
+        "pytorch_model.bin",
+        "x.pt",
+        "x.pth",
+        "x.pkl",
+        "training_args.bin",
+        "x.bin.index.json",
+        "LICENSE.py",
+    )
     for name in (*kept, *left):
         (single / name).write_text("{}")
     run(single, tmp_path / "zoo", attention=RULES)
@@ -85,7 +94,7 @@ def test_cast_that_overflows(single: Path, tmp_path: Path) -> None:
     held = load_file(single / "model.safetensors")
     held["model.norm.weight"][3] = 1e6
     save_file(held, single / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="model.norm.weight: has values that float16 cannot hold; use bfloat16"):
+    with pytest.raises(InputError, match=r"model.norm.weight: has values that float16 cannot hold; use bfloat16"):
         run(single, tmp_path / "zoo", dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["single"]
 
@@ -100,7 +109,7 @@ def test_reshard(single: Path, tmp_path: Path) -> None:
     before, after = tensors(single), tensors(tmp_path / "one")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    with pytest.raises(InputError, match="convert.max_shard_size: "):
+    with pytest.raises(InputError, match=r"convert.max_shard_size: "):
         run(single, tmp_path / "x", max_shard_size="big")
 
 
@@ -131,7 +140,9 @@ def test_rope_that_cannot_be_extended(single: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"convert.rope: extends 128 positions by a factor of 0.5; want a factor > 1"):
         run(single, tmp_path / "x", rope=RopeExtension("linear", max_positions=64))
     edit_config(single, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
-    with pytest.raises(UnsupportedError, match="its rope type is already 'linear'; only a default rope can be extended"):
+    with pytest.raises(
+        UnsupportedError, match="its rope type is already 'linear'; only a default rope can be extended"
+    ):
         run(single, tmp_path / "x", rope=RopeExtension("yarn", factor=2.0))
 
 
@@ -161,7 +172,7 @@ def test_kconv_that_has_learned(single: Path, tmp_path: Path) -> None:
     file.unlink()
     save_file(held, file, metadata={"format": "pt"})
     for fields in ({"to": "hf"}, {"attention": [{"layers": 0, "kconv": 5}]}):
-        with pytest.raises(UnsupportedError, match="k_conv.weight is not zero, and the result has no place for it"):
+        with pytest.raises(UnsupportedError, match=r"k_conv.weight is not zero, and the result has no place for it"):
             run(tmp_path / "zoo", tmp_path / "x", **fields)
     report = run(tmp_path / "zoo", tmp_path / "again", attention=[{"top_k": 3}])  # verified against the zoo's own model
     assert report.verified.equal == 33
@@ -182,7 +193,7 @@ def test_dest_that_exists(single: Path, tmp_path: Path) -> None:
     run(dest, dest, overwrite=True, attention=RULES)  # in place
     assert config(dest)["moba"]["attention"] == RULES
     (dest / "optimizer.pt").write_text("")
-    with pytest.raises(InputError, match="holds 'optimizer.pt', so it is more than a checkpoint"):
+    with pytest.raises(InputError, match=r"holds 'optimizer.pt', so it is more than a checkpoint"):
         run(single, dest, overwrite=True)
 
 
@@ -196,13 +207,13 @@ def test_dest_that_must_not_be_replaced(single: Path, tmp_path: Path, what: str)
         dest.symlink_to("other")
     else:
         (dest / "photos").mkdir(parents=True)
-    with pytest.raises(InputError, match="not a folder|is a link|holds 'photos'"):
+    with pytest.raises(InputError, match=r"not a folder|is a link|holds 'photos'"):
         run(single, dest, overwrite=True)
 
 
 def test_folders_in_one_another(single: Path) -> None:
     for dest in (single / "zoo", single.parent):
-        with pytest.raises(InputError, match="may not lie in one another|more than a checkpoint"):
+        with pytest.raises(InputError, match=r"may not lie in one another|more than a checkpoint"):
             run(single, dest, overwrite=True)
 
 

@@ -102,12 +102,10 @@ def test_killed(killed: Path, place: str) -> None:
 
 
 def test_two_at_once(single: Path, tmp_path: Path) -> None:
-    with (
-        staging.staged(tmp_path / "zoo", replace=False) as new,
-        pytest.raises(InputError, match="another process is writing it; wait for it to end"),
-    ):
+    with staging.staged(tmp_path / "zoo", replace=False) as new:
         (new / "x").write_text("")
-        convert(ConvertRecipe(str(single), str(tmp_path / "zoo"), verify=False))
+        with pytest.raises(InputError, match="another process is writing it; wait for it to end"):
+            convert(ConvertRecipe(str(single), str(tmp_path / "zoo"), verify=False))
     assert listing(tmp_path / "zoo") == {"x": b""}
 
 
@@ -127,9 +125,13 @@ def test_what_is_written_reaches_the_disk(sharded: Path, tmp_path: Path, synced:
 
 
 def test_interrupted_by_hand(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), staging.staged(tmp_path / "zoo", replace=False) as new:
-        (new / "x").write_text("")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with staging.staged(tmp_path / "zoo", replace=False) as new:
+            (new / "x").write_text("")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_git_lfs_pointer(single: Path) -> None:
 def test_garbage_header(tmp_path: Path, header: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + b"\0" * 4)
-    with pytest.raises(InputError, match="not a safetensors file|header gives"):
+    with pytest.raises(InputError, match=r"not a safetensors file|header gives"):
         read_header(path)
 
 
@@ -130,13 +131,13 @@ def test_header_length_that_is_absurd(tmp_path: Path) -> None:
 def test_any_bytes_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(struct.pack("<Q", len(data) // 2) + data)
-    try:
+    with suppress(InputError):
         assert isinstance(read_header(path), dict)
-    except InputError:
-        pass
 
 
-@pytest.mark.parametrize("name", ["/etc/hostname", "../x.safetensors", "a/../../x", "C:\\x", "..\\x", "\\\\host\\x", "", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["/etc/hostname", "../x.safetensors", "a/../../x", "C:\\x", "..\\x", "\\\\host\\x", "", "a\0b"]
+)
 def test_path_that_leaves_the_folder(sharded: Path, name: str) -> None:
     edit_index(sharded, "lm_head.weight", name)
     refused(sharded, "outside the folder")
@@ -294,7 +295,7 @@ def test_config_values_no_model_has(single: Path, fields: dict[str, object]) -> 
 
 
 def test_manifest(single: Path) -> None:
-    with pytest.raises(InputError, match="has no mobazoo.manifest.json"):
+    with pytest.raises(InputError, match=r"has no mobazoo.manifest.json"):
         check_manifest(single)
     write_manifest(single)
     check_manifest(single)
@@ -302,7 +303,7 @@ def test_manifest(single: Path) -> None:
     weights = bytearray((single / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (single / "model.safetensors").write_bytes(weights)
-    with pytest.raises(InputError, match="changed since it was written: model.safetensors"):
+    with pytest.raises(InputError, match=r"changed since it was written: model.safetensors"):
         load(single, check_sums=True)
     (single / MANIFEST).write_text('{"files": {"../x": {}}}')
     with pytest.raises(InputError, match="outside the folder"):

@@ -92,8 +92,16 @@ def test_rules_and_shorthands(single: Path) -> None:
         ({"attention": [{"pattern": "moba"}]}, "pattern moba needs block_size and top_k", InputError),
         ({"attention": [{"kconv": 3}]}, "3 missing: .*k_conv.*come by `mobazoo convert`", InputError),
         ({"attention": [{"backend": "triton"}]}, "layer 0: unknown backend 'triton'; known: auto, flash", InputError),
-        ({"attention": [*RULES, {"backend": "sdpa"}]}, "layer 0: backend 'sdpa' cannot do this: .*these can", UnsupportedError),
-        ({"attention": [{"backend": "flex_routed"}]}, "layer 0: backend 'flex_routed' cannot do this", UnsupportedError),
+        (
+            {"attention": [*RULES, {"backend": "sdpa"}]},
+            "layer 0: backend 'sdpa' cannot do this: .*these can",
+            UnsupportedError,
+        ),
+        (
+            {"attention": [{"backend": "flex_routed"}]},
+            "layer 0: backend 'flex_routed' cannot do this",
+            UnsupportedError,
+        ),
     ],
 )
 def test_rules_that_cannot_be(single: Path, options: dict, match: str, kind: type) -> None:
@@ -129,6 +137,9 @@ def test_generation_config(single: Path) -> None:
     (single / "generation_config.json").write_text('{"temperature": 0.25, "do_sample": true, "eos_token_id": [2, 5]}')
     ours = load(single)
     assert (ours.generation_config.temperature, ours.generation_config.eos_token_id) == (0.25, [2, 5])
+    (single / "generation_config.json").write_text('{"max_new_tokens": -3}')
+    with pytest.raises(InputError, match=r"generation_config.json: .*max_new_tokens"):
+        load(single)
 
 
 def test_progress(sharded: Path) -> None:

@@ -53,7 +53,7 @@ def test_zero_with_another_sign(single: Path, tmp_path: Path) -> None:
     change(single, "model.norm.weight", torch.zeros_like)
     convert(ConvertRecipe(str(single), str(tmp_path / "zoo")))
     change(tmp_path / "zoo", "model.norm.weight", torch.neg)
-    with pytest.raises(VerificationError, match="model.norm.weight differs"):
+    with pytest.raises(VerificationError, match=r"model.norm.weight differs"):
         verify(single, tmp_path / "zoo")
 
 
@@ -67,20 +67,20 @@ def test_missing_and_unexpected(single: Path, zoo: Path) -> None:
     save_file(held, zoo / "model.safetensors")
     _, problems = _compare_tensors(open_folder(single), open_folder(zoo), None)
     assert problems == ["model.norm.weight is missing", "model.norm.bias is unexpected"]
-    with pytest.raises(InputError, match="1 missing: model.norm.weight; 1 unexpected: model.norm.bias"):
+    with pytest.raises(InputError, match=r"1 missing: model.norm.weight; 1 unexpected: model.norm.bias"):
         verify(single, zoo)
 
 
 def test_configuration(single: Path, zoo: Path) -> None:
     edit_config(zoo, rms_norm_eps=1e-3)
-    with pytest.raises(VerificationError, match="config.json: rms_norm_eps changed"):
+    with pytest.raises(VerificationError, match=r"config.json: rms_norm_eps changed"):
         verify(single, zoo)
 
 
 def test_logits(single: Path, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "other_changes", lambda *_: [])
     edit_config(zoo, rms_norm_eps=1e-3)
-    with pytest.raises(VerificationError, match="logits differ from transformers' by .* float32 rounding allows"):
+    with pytest.raises(VerificationError, match=r"logits differ from transformers' by .* float32 rounding allows"):
         verify(single, zoo)
 
 
@@ -108,7 +108,7 @@ def test_short_memory_is_said_before_anything_is_written(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "available_memory", lambda: 1000)
-    with pytest.raises(InputError, match="needs 124,160 bytes of memory, 1,000 are available; .*verify=false"):
+    with pytest.raises(InputError, match=r"needs 268,559,616 bytes of memory, 1,000 are available; .*verify=false"):
         convert(ConvertRecipe(str(single), str(tmp_path / "zoo")))
     assert [path.name for path in tmp_path.iterdir()] == ["single"]
     convert(ConvertRecipe(str(single), str(tmp_path / "zoo"), verify=False))
