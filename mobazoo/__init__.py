@@ -7,12 +7,12 @@ from mobazoo._version import __version__
 from mobazoo.errors import InputError, MobazooError, UnsupportedError
 
 if TYPE_CHECKING:
-    from mobazoo.zoo import register
+    from mobazoo.zoo import load, register
 
-__all__ = ["InputError", "MobazooError", "UnsupportedError", "__version__", "register"]
+__all__ = ["InputError", "MobazooError", "UnsupportedError", "__version__", "load", "register"]
 
 # What imports torch and transformers is looked up late: `import mobazoo` and `mobazoo --help` stay light.
-_LATE = {"load": "checkpoint.load", "register": "zoo"}
+_LATE = {"load": "zoo", "register": "zoo"}
 
 
 def __getattr__(name: str) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import wraps
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from mobazoo.checkpoint import load as checkpoint
 from mobazoo.config.keys import refuse_unknown
 from mobazoo.config.models import PACKAGE, ModelEntry
 from mobazoo.integrations.transformers import moba_attention, moba_mask, moba_naive_attention
@@ -78,3 +80,10 @@ def build(entry: ModelEntry, device: torch.device | str = "meta") -> MobaForCaus
     with torch.device(device):
         model: MobaForCausalLM = kind(make_config(entry))
     return model
+
+
+@wraps(checkpoint.load)
+def load(*args: Any, **kwargs: Any) -> MobaForCausalLM:
+    """``mobazoo.checkpoint.load.load`` with the zoo registered, so that what it returns can be found again."""
+    register()
+    return checkpoint.load(*args, **kwargs)

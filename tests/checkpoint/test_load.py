@@ -111,7 +111,7 @@ def test_rules_that_cannot_be(single: Path, options: dict, match: str, kind: typ
 
 def test_sliding_window_is_named(tmp_path: Path) -> None:
     save(tmp_path, "qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    with pytest.raises(UnsupportedError, match="layer 1 is a sliding-window layer"):
+    with pytest.raises(UnsupportedError, match=r"layer_types\[1\] is 'sliding_attention'"):
         load(tmp_path)
 
 

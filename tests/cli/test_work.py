@@ -124,7 +124,7 @@ def test_generate_dry_run_loads_nothing() -> None:
 
 def test_bench_hands_its_arguments_over() -> None:
     assert (
-        "would time forward, 16K, block 128, top 8"
+        "would time forward, 16384 tokens, block 128, top 8"
         in call("bench", "--dry-run", "--length", 16384, "--block-size", 128, "--top-k", 8).stdout
     )
     assert "mobazoo bench --length" in " ".join(call("bench", "--help").stdout.split())
