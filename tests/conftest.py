@@ -1,4 +1,4 @@
-"""Set before torch loads: waiting threads sleep instead of spinning, which on a shared machine is five times faster."""
+"""Set before torch loads: waiting threads sleep, because on a shared machine spinning starves the others."""
 
 import os
 

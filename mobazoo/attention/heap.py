@@ -9,7 +9,7 @@ _LARGEST = (32 << 20) - (8 << 10)
 def keep_heap() -> None:
     """Makes glibc keep freed blocks of up to 32 MiB instead of returning them to the system one by one.
 
-    Otherwise each temporary of a few hundred KiB is mapped anew and faults in page by page, a fifth of the time of
-    the CPU schedule. The block is never touched, so this costs microseconds and no memory; elsewhere it does nothing.
+    Otherwise each temporary of a few hundred KiB is mapped anew and faults in page by page. The block is never
+    touched, so this costs microseconds and no memory; with another allocator it does nothing.
     """
     torch.empty(_LARGEST, dtype=torch.uint8)
