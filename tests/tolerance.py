@@ -4,7 +4,9 @@ A backend's result ``x`` of a dtype with unit roundoff ``u`` must satisfy, eleme
 
     |x - oracle|  <=  FACTOR * max|reference - oracle|  +  ROUNDINGS * u * magnitude
 
-- The first term is the reference backend's own error on the same inputs in the same dtype. It carries what every
+- The first term is the reference backend's own error on the same inputs in the same dtype, which may not exceed the
+  worst case of float32 arithmetic with one rounding of the result (``_worst_case``): otherwise a bug that the
+  reference shares would widen the budget that should catch it. The term carries what every
   implementation must suffer: float32 scores (for 16-bit inputs), float32 sums, one rounding of the result. Another
   implementation sums in another order. Both errors are draws from one distribution, and the largest of thousands of
   draws varies by far less than ``FACTOR`` = 2.
@@ -68,9 +70,25 @@ def budgets(oracle: Attention, reference: Result) -> list[Tensor]:
         roundings = float(ROUNDINGS[name])
         if dtype == torch.float32:
             roundings += (1 if name in ("out", "dv") else 2) * (1 + oracle.score_magnitude)
+        rounded = u * want.abs().clamp(min=torch.finfo(dtype).smallest_normal)  # subnormals round by a fixed amount
+        worst = _worst_case(oracle, magnitude) + rounded
+        _compare(f"reference {name}", value, want, worst)
         own = (value.cpu().double() - want).abs().max() if value.numel() else torch.tensor(0.0)
         allowed.append(FACTOR * own + roundings * u * magnitude)
     return allowed
+
+
+def _worst_case(oracle: Attention, magnitude: Tensor) -> Tensor:
+    """What float32 may lose if every rounding is the worst one, before the result is rounded to its dtype.
+
+    Scores are sums of D products, and an error of one is a relative error of its weight; weights are normalized by
+    and summed over the S keys; gradients go through the weights twice and through as many sums again. Weights below
+    the smallest normal number vanish.
+    """
+    length, dim = oracle.mask.shape[-1], oracle.q.shape[-1]
+    roundings = 4 * (length + dim) + 2 * (dim + 2) * (1 + oracle.score_magnitude)
+    vanished = length * torch.finfo(torch.float32).smallest_normal
+    return roundings * unit_roundoff(torch.float32) * magnitude + vanished * (1 + magnitude.abs().amax())
 
 
 def check(result: Result, oracle: Attention, reference: Result, what: str = "") -> None:

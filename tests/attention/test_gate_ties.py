@@ -173,3 +173,12 @@ def test_one_query_alone_chooses_as_in_company(slot: int) -> None:
     alone = replace(case, queries=1, first=slot)
     want = gate_routes(case, data.q, k).index[:, :, slot : slot + 1]
     assert torch.equal(gate_routes(alone, data.q[:, :, slot : slot + 1], k).index, want)
+
+
+def test_sort_keys_order_as_floats_do() -> None:
+    """The high word of a key alone: zero and minus zero are one number, everything else keeps its order."""
+    infinity, tiny = float("inf"), torch.finfo(torch.float32).smallest_normal
+    ascending = [-infinity, -3e38, -1.0, -tiny, -tiny / 4, 0.0, tiny / 4, tiny, 1.0, 3e38, infinity]
+    words = (routing._sort_keys(torch.tensor(ascending)[:, None]) >> 32).flatten().tolist()
+    assert words == sorted(set(words))
+    assert (routing._sort_keys(torch.tensor([[-0.0, 0.0]])) >> 32).unique().tolist() == [words[5]]
