@@ -62,8 +62,6 @@ def test_table(asked: Problem, name: str) -> None:
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("queries", [1, 64])
 def test_choice_is_always_able(device: str, dtype: torch.dtype, pattern: Pattern, whole: bool, queries: int) -> None:
-    if device == "cuda" and "flex" not in BACKENDS:
-        pytest.skip("flex stands in the table ahead of its module")
     asked = problem(pattern, device, dtype, queries=queries, whole=whole, grad=True)
     chosen, _ = auto.choose(asked)
     assert BACKENDS[chosen].unsupported(asked) is None
@@ -71,8 +69,7 @@ def test_choice_is_always_able(device: str, dtype: torch.dtype, pattern: Pattern
 
 def test_every_backend_of_the_table_exists() -> None:
     """Rows may name a backend that only some machines can run, but not one that nobody wrote."""
-    written = {"flex"} | set(BACKENDS)  # flex stands in the table ahead of its module
-    assert {name for name, _, _ in auto._TABLE} <= written
+    assert {name for name, _, _ in auto._TABLE} <= set(BACKENDS)
 
 
 def fakes(monkeypatch: pytest.MonkeyPatch, able: set[str]) -> None:
