@@ -1,0 +1,1 @@
+"""Continue or begin the training of a zoo model."""
