@@ -24,8 +24,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mobazoo.models",),
     ("mobazoo.integrations",),
     ("mobazoo.checkpoint",),
-    ("mobazoo.data", "mobazoo.metrics"),
-    ("mobazoo.train", "mobazoo.eval", "mobazoo.generate", "mobazoo.bench", "mobazoo.explain"),
+    ("mobazoo.data", "mobazoo.metrics", "mobazoo.results"),
+    (
+        "mobazoo.train",
+        "mobazoo.eval",
+        "mobazoo.generate",
+        "mobazoo.bench",
+        "mobazoo.prefill",
+        "mobazoo.explain",
+        "mobazoo.report",
+    ),
     ("mobazoo.zoo",),
     ("mobazoo.cli", "mobazoo.__main__"),
 )

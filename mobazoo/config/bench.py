@@ -37,8 +37,8 @@ class BenchRecipe:
         Raises:
             InputError: a value that no timing could use.
         """
-        parse_rules(self.attention, "attention")
+        parse_rules(self.attention, "bench.attention")
         if not self.lengths or min(self.lengths) < 1:
-            raise InputError(f"lengths: want at least one number of tokens >= 1, got {self.lengths}")
+            raise InputError(f"bench.lengths: want at least one number of tokens >= 1, got {self.lengths}")
         if self.rounds < 1:
-            raise InputError(f"rounds: want a number >= 1, got {self.rounds}")
+            raise InputError(f"bench.rounds: want a number >= 1, got {self.rounds}")

@@ -77,24 +77,24 @@ class EvalRecipe:
         Raises:
             InputError: a value that no evaluation could use.
         """
-        self.data.check("data")
+        self.data.check("eval.data")
         for name, least in (("length", 2), ("documents", 1), ("batch", 1)):
             if getattr(self, name) < least:
-                raise InputError(f"{name}: want a number >= {least}, got {getattr(self, name)}")
+                raise InputError(f"eval.{name}: want a number >= {least}, got {getattr(self, name)}")
         for name, rules in self.named_settings().items():
-            parse_rules(rules, f"settings.{name}")
+            parse_rules(rules, f"eval.settings.{name}")
         if self.loss is not None:
             for name in ("buckets", "trailing"):
                 if not 1 <= getattr(self.loss, name) < self.length:
                     raise InputError(
-                        f"loss.{name}: want 1 to {self.length - 1}, the predicted tokens of a text, "
+                        f"eval.loss.{name}: want 1 to {self.length - 1}, the predicted tokens of a text, "
                         f"got {getattr(self.loss, name)}"
                     )
         if self.choices is not None and self.choices.setting not in self.named_settings():
             known = ", ".join(self.named_settings())
-            raise InputError(f"choices.setting: want one of {known}, got {self.choices.setting!r}")
+            raise InputError(f"eval.choices.setting: want one of {known}, got {self.choices.setting!r}")
         if self.loss is None and self.choices is None:
-            raise InputError("loss and choices: both are null, so there is nothing to do; give one of them")
+            raise InputError("eval: loss and choices: both are null, so there is nothing to do; give one of them")
 
     def named_settings(self) -> dict[str, list[dict[str, Any]]]:
         """The settings; the checkpoint as it is where there are none."""

@@ -15,7 +15,7 @@ from mobazoo.config.recipe import load_recipe
 PLACE = ("3 Measure", 1)
 EXAMPLES = """Example: mobazoo eval loss model=./Qwen3-0.6B-moba data.path=./texts
 
-Example: mobazoo eval loss model=./Qwen3-0.6B 'settings.moba=[{pattern: moba, block_size: 512, top_k: 3}]' length=8192"""
+Example: mobazoo eval loss model=./Qwen3-0.6B-moba data.path=stdlib length=8192 'settings.wide=[{top_k: 8}]'"""
 
 
 def main(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
