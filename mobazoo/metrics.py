@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def by_position(losses: Tensor, buckets: int) -> list[Bucket]:
         raise InputError(f"buckets: want 1 to {length}, the predicted tokens of a text, got {buckets}")
     edges = [i * length // buckets for i in range(buckets + 1)]
     return [
-        Bucket(first + 1, last, mean_loss(losses[:, first:last])) for first, last in zip(edges, edges[1:], strict=False)
+        Bucket(first + 1, last, mean_loss(losses[:, first:last])) for first, last in pairwise(edges)
     ]
 
 
