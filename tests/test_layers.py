@@ -25,15 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mobazoo.integrations",),
     ("mobazoo.checkpoint",),
     ("mobazoo.data", "mobazoo.metrics", "mobazoo.results"),
-    (
-        "mobazoo.train",
-        "mobazoo.eval",
-        "mobazoo.generate",
-        "mobazoo.bench",
-        "mobazoo.prefill",
-        "mobazoo.explain",
-        "mobazoo.report",
-    ),
+    ("mobazoo.explain",),
+    ("mobazoo.train", "mobazoo.eval", "mobazoo.generate", "mobazoo.bench", "mobazoo.prefill", "mobazoo.report"),
     ("mobazoo.zoo",),
     ("mobazoo.cli", "mobazoo.__main__"),
 )

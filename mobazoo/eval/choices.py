@@ -37,8 +37,8 @@ def block_choices(
     Raises:
         InputError: a layer or head that is not there, or a layer with full attention.
     """
-    heads = _numbers(task.heads, model.config.num_attention_heads, "choices.heads")
-    layers = _numbers(task.layers, model.config.num_hidden_layers, "choices.layers")
+    heads = _numbers(task.heads, model.config.num_attention_heads, "eval.choices.heads")
+    layers = _numbers(task.layers, model.config.num_hidden_layers, "eval.choices.layers")
     with setting(model, rules):
         routes = _routes(model, ids, layers)
     return {
@@ -60,7 +60,7 @@ def _routes(model: MobaForCausalLM, ids: Tensor, layers: Sequence[int]) -> dict[
         for layer in layers:
             attention = model.model.layers[layer].self_attn
             if not isinstance(attention.layer.pattern, MoBA):
-                raise InputError(f"choices.layers: layer {layer} has full attention in this setting; name another")
+                raise InputError(f"eval.choices.layers: layer {layer} has full attention in this setting; name another")
             hooks.enter_context(attention.register_forward_pre_hook(partial(_keep, found)))
         model.model(ids[None].to(model.device), use_cache=False)
     return found

@@ -26,11 +26,11 @@ def evaluate(recipe: EvalRecipe, progress: Callable[[str, int, int], None]) -> d
     recipe.check()
     texts = read_texts(recipe.data, ready_tokenizer(recipe.model), recipe.length, recipe.documents)
     if recipe.choices is not None and not 0 <= recipe.choices.text < len(texts.names):
-        raise InputError(f"choices.text: want 0 to {len(texts.names) - 1}, got {recipe.choices.text}")
+        raise InputError(f"eval.choices.text: want 0 to {len(texts.names) - 1}, got {recipe.choices.text}")
     model = ready_model(recipe.model, device=recipe.device, dtype=recipe.dtype, progress=progress)
     limit = model.config.max_position_embeddings
     if recipe.length > limit:
-        raise InputError(f"length: want at most {limit}, the positions of {recipe.model}, got {recipe.length}")
+        raise InputError(f"eval.length: want at most {limit}, the positions of {recipe.model}, got {recipe.length}")
     settings = recipe.named_settings()
     found: dict[str, Any] = {"texts": {"count": len(texts.names), "length": recipe.length}}
     if recipe.loss is not None:

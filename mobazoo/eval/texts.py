@@ -45,7 +45,7 @@ def read_texts(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, most
             break
     if not found:
         raise InputError(
-            f"length: want a document of {length} tokens, the longest of data.path={data.path} has {longest}; "
+            f"eval.length: want a document of {length} tokens, the longest of data.path={data.path} has {longest}; "
             "give a smaller length or other data"
         )
     return Texts(torch.tensor(list(found.values())), tuple(found))

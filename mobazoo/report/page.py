@@ -74,7 +74,7 @@ def _plots() -> Any:
         if error.name not in ("matplotlib", "numpy"):
             raise
         raise UnsupportedError(
-            f"report: needs {error.name}, which is not installed: pip install 'mobazoo[report]'"
+            f"report: needs {error.name}, which is not installed; pip install 'mobazoo[report]'"
         ) from None
 
 
@@ -108,18 +108,16 @@ def _losses(findings: Findings, plots: Any) -> str:
         for buckets in zip(*columns, strict=False)
     ]
     texts = next(iter(findings.of("texts").values()))
-    ends = "; ".join(
-        f"{h} {first} to {last}" for h, first, last in zip(header[1:], rows[0][1:], rows[-1][1:], strict=True)
-    )
+    ends = zip(header[1:], rows[0][1:], rows[-1][1:], strict=True)
+    said = "; ".join(f"{curve} {first} to {last}" for curve, first, last in ends)
     caption = (
         f"{texts['count']} texts of {texts['length']} tokens. Where a curve falls, later tokens profit from what was "
         "read before. A gap between the settings of one measurement is what block attention costs there."
     )
+    drawn = plots.loss_by_position(losses, "loss")
     return section(
         "Loss by position",
-        figure(
-            plots.loss_by_position(losses, "loss"), f"Line plot of loss by position, first to last: {ends}.", caption
-        ),
+        figure(drawn, f"Line plot of loss by position, first to last: {said}.", caption),
         more("the numbers, with standard errors", table(header, rows)),
     )
 
@@ -156,11 +154,11 @@ def _choices(findings: Findings, plots: Any) -> list[str]:
     parts = []
     for name, choices in findings.of("choices").items():
         for layer in choices["layers"]:
-            number = layer["layer"]
-            size = layer["block_size"]
+            number, size = layer["layer"], layer["block_size"]
             caption = (
-                f"Setting {choices['setting']}, {name}; the text is {choices['text']}. A query down the side reads its own block "
-                "(orange) and the blocks the gate picks for it (blue, darker where more of its neighbours pick it)."
+                f"Setting {choices['setting']}, {name}; the text is {choices['text']}. A query down the side reads its "
+                "own block (orange) and the blocks the gate picks for it (blue, fuller where more of its neighbours "
+                "pick it)."
             )
             alternative = f"Heat map by head of which blocks of {size} tokens the queries of layer {number} read."
             drawn = figure(plots.block_choices(layer, f"choices-{name}-{number}"), alternative, caption)
@@ -169,17 +167,12 @@ def _choices(findings: Findings, plots: Any) -> list[str]:
 
 
 def _texts(findings: Findings) -> list[str]:
-    return [
-        section(
-            "A text",
-            f"<pre>{escape(said['prompt'])}<mark>{escape(said['text'])}</mark></pre>",
-            paragraph(
-                f"{said['new_tokens']} tokens, coloured, written after {said['prompt_tokens']} in {said['seconds']:.1f} s.",
-                "soft",
-            ),
-        )
-        for said in findings.of("generate").values()
-    ]
+    parts = []
+    for said in findings.of("generate").values():
+        text = f"<pre>{escape(said['prompt'])}<mark>{escape(said['text'])}</mark></pre>"
+        how = f"{said['new_tokens']} tokens, coloured, after {said['prompt_tokens']}, in {said['seconds']:.1f} s."
+        parts.append(section("A text", text, paragraph(how, "soft")))
+    return parts
 
 
 def _stages(findings: Findings) -> str:
