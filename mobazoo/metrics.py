@@ -92,9 +92,7 @@ def by_position(losses: Tensor, buckets: int) -> list[Bucket]:
     if not 1 <= buckets <= length:
         raise InputError(f"buckets: want 1 to {length}, the predicted tokens of a text, got {buckets}")
     edges = [i * length // buckets for i in range(buckets + 1)]
-    return [
-        Bucket(first + 1, last, mean_loss(losses[:, first:last])) for first, last in pairwise(edges)
-    ]
+    return [Bucket(first + 1, last, mean_loss(losses[:, first:last])) for first, last in pairwise(edges)]
 
 
 def paired(losses: Tensor, against: Tensor) -> Estimate:

@@ -37,7 +37,9 @@ def time_prefill(recipe: BenchRecipe, progress: Callable[[str, int, int], None])
     model = ready_model(recipe.model, attention=recipe.attention, device=recipe.device, dtype=recipe.dtype)
     limit = model.config.max_position_embeddings
     if max(recipe.lengths) > limit:
-        raise InputError(f"bench.lengths: want at most {limit}, the positions of {recipe.model}, got {max(recipe.lengths)}")
+        raise InputError(
+            f"bench.lengths: want at most {limit}, the positions of {recipe.model}, got {max(recipe.lengths)}"
+        )
     if not any(isinstance(layer.pattern, MoBA) for layer in model.config.attention_layers()):
         raise InputError(
             f"bench.attention: no layer of {recipe.model} has MoBA, so there is nothing to compare; convert it, or "

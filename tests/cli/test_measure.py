@@ -32,7 +32,7 @@ def _one_thread() -> Iterator[None]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a zoo checkpoint ``zoo`` and texts ``texts``."""
     folder = tmp_path_factory.mktemp("place")
-    zoo_checkpoint(plain_checkpoint(folder), folder / "zoo")
+    zoo_checkpoint(plain_checkpoint(folder / "plain"), folder / "zoo")
     text_folder(folder / "texts")
     return folder
 
@@ -47,6 +47,7 @@ def test_eval_prints_settings_side_by_side(place: Path, tmp_path: Path) -> None:
     assert [row[0] for row in rows[1:3]] == ["full", "moba"]
     assert rows[1][-1] == "100 %"
     assert rows[3] == [f"4 texts of 64 tokens, loss full {rows[1][1]}, moba {rows[2][1]}"]
+    assert "You are using a model of type" not in result.stderr
     said = json.loads(dest.read_text())["loss"]["settings"]
     assert f"{said['moba']['mean']['mean']:.3f}" == rows[2][1]
 
@@ -127,7 +128,7 @@ def test_generate_as_a_stage_needs_its_prompt(tmp_path: Path) -> None:
         ({"p": "two words"}, "mobazoo eval loss 'p=\"two words\"'"),
         ({"p": "true"}, "mobazoo eval loss 'p=\"true\"'"),
         ({"p": "1e3"}, "mobazoo eval loss 'p=\"1e3\"'"),
-        ({"a": [{"layers": ":"}]}, "mobazoo eval loss 'a=[{\"layers\": \":\"}]'"),
+        ({"a": [{"layers": ":"}]}, 'mobazoo eval loss \'a=[{"layers": ":"}]\''),
     ],
 )
 def test_a_stage_as_a_command(said: dict[str, object], command: str) -> None:
@@ -138,7 +139,10 @@ def test_a_stage_as_a_command(said: dict[str, object], command: str) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["eval", "loss", "model=m"], "data.path: missing; give it in the recipe or on the command line as data.path=..."),
+        (
+            ["eval", "loss", "model=m"],
+            "data.path: missing; give it in the recipe or on the command line as data.path=...",
+        ),
         (["eval", "los"], "recipe 'los': no such file, and none of that name is shipped; did you mean"),
         (["eval", "loss", "model=m", "data.path=x", "settings.a=[{topk: 3}]"], "unknown key 'topk'"),
         (["bench", "prefill", "model=m", "rounds=0"], "bench.rounds: want a number >= 1, got 0"),

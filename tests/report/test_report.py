@@ -159,7 +159,7 @@ def test_a_run_with_one_result_has_a_page_too(tmp_path: Path) -> None:
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="nothing: no such folder; want that of a run, or one with JSON results"):
         collect(tmp_path / "nothing")
-    with pytest.raises(InputError, match="holds no result; give eval, bench or generate a dest=....json in it"):
+    with pytest.raises(InputError, match=r"holds no result; give eval, bench or generate a dest=\.\.\.\.json in it"):
         collect(tmp_path)
     write_run(tmp_path)
     stamp = tmp_path / ".stages" / "01-eval.json"

@@ -40,6 +40,7 @@ def plan(recipe: EvalRecipe) -> list[str]:
 
 def execute(recipe: EvalRecipe) -> Outcome:
     """Measures, with a bar on a terminal, and prints the table."""
+    import_module("mobazoo.zoo").register()  # for the tokenizer, which asks for the model's config
     with progress() as update:
         found = import_module("mobazoo.eval.evaluate").evaluate(recipe, update)
     texts = f"{found['texts']['count']} texts of {found['texts']['length']} tokens"

@@ -78,6 +78,7 @@ def _run(recipe: GenerateRecipe, prompt: str) -> Report:
         pieces.append(text)
         print(text, end="", flush=True)
 
+    import_module("mobazoo.zoo").register()  # for the tokenizer, which asks for the model's config
     ready = import_module("mobazoo.checkpoint.ready")
     said = {"attention": recipe.attention, "device": recipe.device, "dtype": recipe.dtype}
     model, tokenizer = ready.ready_model(recipe.model, **said), ready.ready_tokenizer(recipe.model)
