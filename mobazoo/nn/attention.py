@@ -54,6 +54,7 @@ class Attention(nn.Module):
         if self.k_conv is not None:
             k = self.k_conv(k, geometry.segments.pos)
         q, k = rotate(q, geometry.cos, geometry.sin), rotate(k, geometry.cos, geometry.sin)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves norms and rotation in float32
         if cache is not None:
             k, v = cache.update(k, v, self.number)
         return self.o_proj(self._attend(q, k, v, geometry).transpose(1, 2).flatten(2))
