@@ -61,6 +61,8 @@ def tokenize(
         names.append(name)
         if progress is not None and len(names) % _AT_ONCE == 0:
             progress("tokenize", len(names), 0)
+    if progress is not None:
+        progress("tokenize", len(names), len(names))
     if not ids:
         raise InputError("data: no document is left; look at data.path, files, split and min_chars")
     flat = torch.frombuffer(ids, dtype=torch.int32)

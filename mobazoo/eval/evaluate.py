@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mobazoo.checkpoint.ready import ready_model, ready_tokenizer
+from mobazoo.checkpoint.ready import ready_model
 from mobazoo.config.eval import EvalRecipe
+from mobazoo.data.tokenizer import load_tokenizer
 from mobazoo.errors import InputError
 from mobazoo.eval.choices import block_choices
 from mobazoo.eval.loss import measure_loss
@@ -24,7 +25,7 @@ def evaluate(recipe: EvalRecipe, progress: Callable[[str, int, int], None]) -> d
         InputError: a recipe, model or data that cannot be used.
     """
     recipe.check()
-    texts = read_texts(recipe.data, ready_tokenizer(recipe.model), recipe.length, recipe.documents)
+    texts = read_texts(recipe.data, load_tokenizer(recipe.model), recipe.length, recipe.documents)
     if recipe.choices is not None and not 0 <= recipe.choices.text < len(texts.names):
         raise InputError(f"eval.choices.text: want 0 to {len(texts.names) - 1}, got {recipe.choices.text}")
     model = ready_model(recipe.model, device=recipe.device, dtype=recipe.dtype, progress=progress)

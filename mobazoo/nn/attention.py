@@ -60,7 +60,8 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, D]
         if self.k_conv is not None:
             k = self.k_conv(k, geometry.segments.pos)
-        return rotate(q, geometry.cos, geometry.sin), rotate(k, geometry.cos, geometry.sin), v
+        q, k = rotate(q, geometry.cos, geometry.sin), rotate(k, geometry.cos, geometry.sin)
+        return q.to(v.dtype), k.to(v.dtype), v  # autocast leaves norms and rotation in float32
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
         """Queries before ``decode_from`` use the layer's pattern, later ones its decode pattern."""

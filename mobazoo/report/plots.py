@@ -21,7 +21,6 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mobazoo",
     "font.size": 10,
-    "font.family": ["system-ui", "DejaVu Sans", "sans-serif"],
     "text.color": INK,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
@@ -171,6 +170,7 @@ def _svg(figure: Figure, name: str) -> str:
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1))
+    text = re.sub(r" ?font-family: [^;]*;", "", text)  # the page's own
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     text = re.sub(r'\bid="', f'id="{name}-', text)

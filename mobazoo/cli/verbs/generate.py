@@ -79,9 +79,9 @@ def _run(recipe: GenerateRecipe, prompt: str) -> Report:
         print(text, end="", flush=True)
 
     import_module("mobazoo.zoo").register()  # for the tokenizer, which asks for the model's config
-    ready = import_module("mobazoo.checkpoint.ready")
     said = {"attention": recipe.attention, "device": recipe.device, "dtype": recipe.dtype}
-    model, tokenizer = ready.ready_model(recipe.model, **said), ready.ready_tokenizer(recipe.model)
+    model = import_module("mobazoo.checkpoint.ready").ready_model(recipe.model, **said)
+    tokenizer = import_module("mobazoo.data.tokenizer").load_tokenizer(recipe.model)
     report: Report = import_module("mobazoo.generate").generate(model, tokenizer, prompt, recipe, write)
     print(flush=True)
     rate = report.new_tokens / report.seconds
