@@ -64,7 +64,7 @@ def test_other_json_files_are_passed_over(tmp_path: Path) -> None:
 
 def test_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/a\.json: cannot be written: Not a directory; give another dest"):
+    with pytest.raises(InputError, match=r"file/a\.json: cannot be written: File exists; give another dest"):
         write_result(tmp_path / "file" / "a.json", "bench", BenchRecipe("m"), {})
     (tmp_path / "torn.json").write_text("{")
     with pytest.raises(InputError, match=r"torn\.json: cannot be read as JSON"):
