@@ -44,26 +44,18 @@ def render(findings: Findings, title: str) -> str:
 
 def short_table(findings: Findings) -> Table:
     """What everything comes to, in one table."""
-    header = ("measured", "with", "value", "against full", "+-")
+    header = ("measured", "with", "value", "against full")
     rows: list[tuple[str, ...]] = []
     for name, loss in findings.of("loss").items():
+        first = next(iter(loss["settings"]))
         for setting, said in loss["settings"].items():
-            first = setting == next(iter(loss["settings"]))
-            difference = said["difference"]
-            rows.append(
-                (
-                    f"loss, {name}",
-                    setting,
-                    f"{said['mean']['mean']:.3f}",
-                    "" if first else f"{difference['mean']:+.4f}",
-                    "" if first or difference["error"] is None else f"{difference['error']:.4f}",
-                )
-            )
+            against = "" if setting == first else _with_error(said["difference"], "+.3f")
+            rows.append((f"loss, {name}", setting, f"{said['mean']['mean']:.3f}", against))
     for prefill in findings.of("prefill").values():
         row = prefill[-1]
-        where = f"prefill of {row['length']} tokens"
-        rows.append((where, "full", f"{row['full_median_s']:.2f} s", "", ""))
-        rows.append((where, "moba", f"{row['moba_median_s']:.2f} s", f"{row['speedup']:.2f} times faster", ""))
+        where = f"prefill, {row['length']} tokens"
+        rows.append((where, "full", f"{row['full_median_s']:.2f} s", ""))
+        rows.append((where, "moba", f"{row['moba_median_s']:.2f} s", f"{row['speedup']:.1f} x faster"))
     return header, rows
 
 
@@ -198,5 +190,5 @@ def _machine(findings: Findings) -> str:
     return section("Where it was measured", table(("what", "is"), rows))
 
 
-def _with_error(said: Mapping[str, Any]) -> str:
-    return f"{said['mean']:.3f}" + ("" if said["error"] is None else f" +- {said['error']:.3f}")
+def _with_error(said: Mapping[str, Any], digits: str = ".3f") -> str:
+    return f"{said['mean']:{digits}}" + ("" if said["error"] is None else f" ± {said['error']:.3f}")

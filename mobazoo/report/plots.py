@@ -20,7 +20,7 @@ _WIDTH = 5.0
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mobazoo",
-    "font.size": 10,
+    "font.size": 12,
     "text.color": INK,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
@@ -65,9 +65,9 @@ def loss_by_position(losses: Mapping[str, Any], name: str) -> str:
         axes.set_ylabel("loss (nats per token)")
         axes.set_xlim(left=0)
         axes.grid(axis="y", linewidth=0.6)
-        axes.legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.legend(fontsize=11, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    return _single(draw, name, 3.7)
+    return _single(draw, name, 4.0)
 
 
 def prefill_time(rows: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -81,7 +81,7 @@ def prefill_time(rows: Sequence[Mapping[str, Any]], name: str) -> str:
         for row in rows:
             at = (row["length"], max(row["full_median_s"], row["moba_median_s"]))
             text = f"{row['speedup']:.1f}x"
-            axes.annotate(text, at, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9, color=INK)
+            axes.annotate(text, at, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=11, color=INK)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{length // 1024}K" if length % 1024 == 0 else str(length) for length in lengths])
@@ -91,9 +91,9 @@ def prefill_time(rows: Sequence[Mapping[str, Any]], name: str) -> str:
         axes.set_xlabel("prompt (tokens)")
         axes.set_ylabel("time to read it (seconds)")
         axes.grid(axis="y", linewidth=0.6)
-        axes.legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.legend(fontsize=11, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    return _single(draw, name, 3.7)
+    return _single(draw, name, 4.0)
 
 
 def block_choices(layer: Mapping[str, Any], name: str, most: int = 4) -> str:
@@ -102,7 +102,7 @@ def block_choices(layer: Mapping[str, Any], name: str, most: int = 4) -> str:
     columns = min(2, len(heads))
     rows = -(-len(heads) // columns)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.5 + 2.5 * rows), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 0.5 + 2.6 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(heads) :]:
             axes.set_axis_off()
@@ -115,7 +115,7 @@ def block_choices(layer: Mapping[str, Any], name: str, most: int = 4) -> str:
                 aspect="auto",
                 extent=(0, blocks, len(chosen), 0),
             )
-            axes.set_title(f"head {head}", fontsize=10)
+            axes.set_title(f"head {head}", fontsize=12)
             axes.grid(linewidth=0.4)
             if place % columns == 0:
                 axes.set_ylabel("query (tokens)")

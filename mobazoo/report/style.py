@@ -26,17 +26,18 @@ h2 { font-size: 1.15rem; margin: 0 0 0.5rem; }
 p { margin: 0.4rem 0; }
 .soft, figcaption { color: var(--soft); font-size: 0.9rem; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
-section, header { margin: 0 0 1rem; }
+section, header, .grid { margin: 0 0 1rem; }
+.grid > section { margin: 0; }
 section { background: var(--paper); border: 1px solid var(--faint); border-radius: 0.6rem; padding: 0.9rem;
   min-width: 0; }
 figure { margin: 0; }
-figure svg { display: block; width: 100%; max-width: 40rem; height: auto; margin: 0 auto; }
+figure svg { display: block; width: 100%; max-width: 34rem; height: auto; margin: 0 auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figure image { image-rendering: pixelated; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
-th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.6rem 0.3rem 0; border-bottom: 1px solid var(--faint);
-  }
+table { border-collapse: collapse; font-size: 0.9rem; }
+th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--faint); }
+th:first-child, td:first-child { padding-left: 0; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { margin: 0; padding: 0.7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
   background: var(--back); border-radius: 0.4rem; font: 0.85rem/1.45 ui-monospace, Menlo, Consolas, monospace; }

@@ -44,7 +44,7 @@ def test_eval_prints_settings_side_by_side(place: Path, tmp_path: Path) -> None:
     result = call(*common, "loss.trailing=16", f"dest={dest}")
     assert result.exit_code == 0, result.output
     rows = [line.split("\t") for line in result.stdout.splitlines()]
-    assert rows[0][:4] == ["setting", "mean loss", "+-", "last 16"]
+    assert rows[0][:4] == ["setting", "mean loss", "±", "last 16"]
     assert [row[0] for row in rows[1:3]] == ["full", "moba"]
     assert rows[1][-1] == "100 %"
     assert rows[3] == [f"4 texts of 64 tokens, loss full {rows[1][1]}, moba {rows[2][1]}"]

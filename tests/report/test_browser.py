@@ -68,7 +68,7 @@ def test_page_at_phone_and_desk_width(width: int, dark: bool, tmp_path: Path) ->
     assert found["wide"] == []
     assert found["scroll"] <= shown
     assert found["plots"] == 3
-    assert found["smallest"] >= 8
+    assert found["smallest"] >= 10
     assert (found["ink"], found["back"]) == (
         ("rgb(230, 233, 238)", "rgb(15, 18, 22)") if dark else ("rgb(28, 32, 38)", "rgb(244, 245, 247)")
     )

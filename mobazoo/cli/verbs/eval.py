@@ -55,7 +55,7 @@ def execute(recipe: EvalRecipe) -> Outcome:
 def loss_rows(loss: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of the table, a row for each setting."""
     trailing = f"last {loss['trailing_tokens']}"
-    header = ("setting", "mean loss", "+-", trailing, "+-", "difference", "+-", f"{trailing}: difference", "+-", "keys")
+    header = ("setting", "mean loss", "±", trailing, "±", "difference", "±", f"{trailing}: difference", "±", "keys")
     rows = []
     for name, said in loss["settings"].items():
         cells: list[str] = []
