@@ -39,6 +39,11 @@ def paragraph(text: str, kind: str = "") -> str:
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
+def length_label(length: int) -> str:
+    """16384 as people write it, 16K."""
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+
+
 def page(title: str, css: str, content: str) -> str:
     """The whole document; it refers to nothing outside itself."""
     return (

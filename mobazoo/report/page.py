@@ -12,7 +12,7 @@ from mobazoo.config.recipe import to_yaml
 from mobazoo.config.report import ReportRecipe
 from mobazoo.errors import UnsupportedError
 from mobazoo.report.collect import Findings, collect
-from mobazoo.report.html import figure, more, page, paragraph, section, table
+from mobazoo.report.html import figure, length_label, more, page, paragraph, section, table
 from mobazoo.report.style import CSS
 from mobazoo.results import write_whole
 
@@ -53,7 +53,7 @@ def short_table(findings: Findings) -> Table:
             rows.append((f"loss, {name}", setting, f"{said['mean']['mean']:.3f}", against))
     for prefill in findings.of("prefill").values():
         row = prefill[-1]
-        where = f"prefill, {row['length']} tokens"
+        where = f"prefill, {length_label(row['length'])}"
         rows.append((where, "full", f"{row['full_median_s']:.2f} s", ""))
         rows.append((where, "moba", f"{row['moba_median_s']:.2f} s", f"{row['speedup']:.1f} x faster"))
     return header, rows

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from mobazoo.report.html import length_label
 from mobazoo.report.style import CHOSEN, FAINT, INK, OWN, SERIES, VARIABLES
 
 # About as wide as a phone, so that text is read there at its own size.
@@ -84,7 +85,7 @@ def prefill_time(rows: Sequence[Mapping[str, Any]], name: str) -> str:
             axes.annotate(text, at, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=11, color=INK)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(lengths, [f"{length // 1024}K" if length % 1024 == 0 else str(length) for length in lengths])
+        axes.set_xticks(lengths, [length_label(length) for length in lengths])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.margins(x=0.08, y=0.15)

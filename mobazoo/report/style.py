@@ -39,6 +39,8 @@ table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.5rem; border-bottom: 1px solid var(--faint); }
 th:first-child, td:first-child { padding-left: 0; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+@media (max-width: 40rem) { main { padding: 0.5rem; } section { padding: 0.7rem; }
+  th, td { padding: 0.25rem 0.3rem; font-size: 0.8rem; } }
 pre { margin: 0; padding: 0.7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
   background: var(--back); border-radius: 0.4rem; font: 0.85rem/1.45 ui-monospace, Menlo, Consolas, monospace; }
 code { font: 0.85rem ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }

@@ -26,7 +26,8 @@ PROBE = """<script>
   const style = getComputedStyle(document.body);
   document.title = JSON.stringify({width: innerWidth, scroll: document.documentElement.scrollWidth, wide,
     smallest: Math.min(...sizes), plots: document.querySelectorAll('svg').length, ink: style.color,
-    back: style.backgroundColor});
+    back: style.backgroundColor, short: document.querySelector('.scroll').scrollWidth
+    <= document.querySelector('.scroll').clientWidth});
 </script>"""
 
 
@@ -68,6 +69,7 @@ def test_page_at_phone_and_desk_width(width: int, dark: bool, tmp_path: Path) ->
     assert found["wide"] == []
     assert found["scroll"] <= shown
     assert found["plots"] == 3
+    assert found["short"]  # the first table needs no scrolling
     assert found["smallest"] >= 10
     assert (found["ink"], found["back"]) == (
         ("rgb(230, 233, 238)", "rgb(15, 18, 22)") if dark else ("rgb(28, 32, 38)", "rgb(244, 245, 247)")

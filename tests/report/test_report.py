@@ -128,7 +128,7 @@ def test_the_short_table(run: Path) -> None:
         ("loss, after", "full", "4.200", ""),
         ("loss, after", "moba", "4.450", "+0.250 ± 0.010"),
     ]
-    assert rows[5] == ("prefill, 16384 tokens", "moba", "0.96 s", "13.3 x faster")
+    assert rows[5] == ("prefill, 16K", "moba", "0.96 s", "13.3 x faster")
 
 
 def test_shares_of_neighbours() -> None:
