@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mobazoo.report.html import length_label
 from mobazoo.report.style import CHOSEN, FAINT, INK, OWN, SERIES, VARIABLES
@@ -87,6 +87,8 @@ def prefill_time(rows: Sequence[Mapping[str, Any]], name: str) -> str:
         axes.set_yscale("log")
         axes.set_xticks(lengths, [length_label(length) for length in lengths])
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.margins(x=0.08, y=0.15)
         axes.set_xlabel("prompt (tokens)")
