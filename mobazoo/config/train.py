@@ -17,6 +17,19 @@ DEVICES = ("auto", "cpu")
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """Attention for a part of a run.
+
+    Attributes:
+        attention: per-layer rules, applied after the run's own.
+        until: where it ends: a share of the run up to 1, or tokens (None: the end of the run, for the last stage).
+    """
+
+    attention: list[dict[str, Any]] = field(default_factory=list)
+    until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TrainRecipe:
     """One training run.
 
@@ -27,6 +40,7 @@ class TrainRecipe:
         tokenizer: folder or Hub id (None: the model's).
         config: fields of a zoo model's config to change, such as ``hidden_size``.
         attention: per-layer rules, applied after the model's own.
+        schedule: stages of attention over the run; a stage begins and ends exactly between two steps.
         validation: what to measure the loss on (None: nothing).
         length: tokens in a row; documents are packed into rows and cut where they are longer.
         batch: rows in a step, over all processes.
@@ -48,6 +62,9 @@ class TrainRecipe:
         compile: compile the model (``torch.compile``).
         log_every: steps between lines of the log and of ``metrics.jsonl``.
         evaluate_every: steps between measurements on ``validation``, besides one at the end (None: none).
+        checkpoint_every: steps between checkpoints in ``<dest>.training`` (None: only when stopped by SIGTERM).
+        keep: newest checkpoints to keep.
+        resume: go on from the newest complete checkpoint there; false removes them and begins anew.
         to: ``zoo``, or ``hf`` for a plain checkpoint, which has full attention in every layer.
         overwrite: whether a checkpoint already at ``dest`` may be replaced.
     """
@@ -58,6 +75,7 @@ class TrainRecipe:
     tokenizer: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     attention: list[dict[str, Any]] = field(default_factory=list)
+    schedule: list[Stage] = field(default_factory=list)
     validation: Data | None = None
     length: int = 4096
     batch: int = 8
@@ -79,6 +97,9 @@ class TrainRecipe:
     compile: bool = False
     log_every: int = 10
     evaluate_every: int | None = None
+    checkpoint_every: int | None = None
+    keep: int = 2
+    resume: bool = True
     to: str = "zoo"
     overwrite: bool = False
 
@@ -88,6 +109,13 @@ class TrainRecipe:
         if self.steps is not None:
             return self.steps
         return ceil((self.tokens or 0) / (self.batch * self.length))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The step that each stage of the schedule ends before, counted from 0."""
+        total, per_step = self.total_steps, self.batch * self.length
+        untils = [1.0 if stage.until is None else stage.until for stage in self.schedule]
+        return tuple(round(until * total) if until <= 1 else ceil(until / per_step) for until in untils)
 
     def check(self) -> None:
         """Everything that can be known without looking at model and data.
@@ -104,8 +132,9 @@ class TrainRecipe:
             raise InputError("train: give either steps or tokens, which says how long the run is")
         for name, least in (("length", 2), ("batch", 1), ("micro_batch", 1), ("steps", 1), ("tokens", 1)):
             self._check_least(name, least)
-        for name in ("log_every", "evaluate_every"):
+        for name in ("log_every", "evaluate_every", "checkpoint_every", "keep"):
             self._check_least(name, 1)
+        self._check_schedule()
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise InputError(
                 f"train.micro_batch: a batch of {self.batch} rows is no multiple of {self.micro_batch}; take a divisor"
@@ -114,6 +143,25 @@ class TrainRecipe:
             raise InputError(f"train.mixed: works over float32 weights, and dtype is {self.dtype}; leave one out")
         if self.evaluate_every is not None and self.validation is None:
             raise InputError("train.evaluate_every: there is no validation to measure on; give train.validation")
+
+    def _check_schedule(self) -> None:
+        before = 0
+        for i, (stage, end) in enumerate(zip(self.schedule, self.ends, strict=True)):
+            where = f"train.schedule[{i}]"
+            parse_rules(stage.attention, f"{where}.attention")
+            if stage.until is None and i + 1 < len(self.schedule):
+                raise InputError(f"{where}.until: missing; only the last stage may leave it out")
+            if end <= before:
+                raise InputError(
+                    f"{where}.until: {stage.until} ends before step {end + 1}, and the stage begins at step "
+                    f"{before + 1}; give a later end, as a share of the run or in tokens"
+                )
+            before = end
+        if self.schedule and before != self.total_steps:
+            raise InputError(
+                f"train.schedule: ends after step {before}, and the run after step {self.total_steps}; leave out the "
+                "last stage's until"
+            )
 
     def _check_choices(self) -> None:
         choices = (("decay", DECAYS), ("dtype", DTYPES), ("device", DEVICES), ("to", DIRECTIONS))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.functional import cross_entropy
 
 from mobazoo.data.collate import IGNORED, Collator
@@ -35,7 +35,13 @@ class Losses:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, rows: Rows, batch: int, device: torch.device, progress: Progress | None = None
+    model: nn.Module,
+    rows: Rows,
+    batch: int,
+    device: torch.device,
+    progress: Progress | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Losses:
     """Measures the loss on every row.
 
@@ -45,14 +51,18 @@ def evaluate(
         batch: rows in a forward.
         device: where the model is.
         progress: told ``("evaluate", rows done, rows)``.
+        rank: number of this process.
+        world: processes, which share the rows and all get the result.
     """
     training = model.training
     model.eval()
     collate = Collator(rows.length)
     total = torch.zeros(rows.length, dtype=torch.float64)
     count = torch.zeros(rows.length, dtype=torch.float64)
-    for start in range(0, len(rows), batch):
-        chosen = [rows[i] for i in range(start, min(start + batch, len(rows)))]
+    for start in range(0, len(rows), batch * world):
+        own = range(start + rank, min(start + batch * world, len(rows)), world)
+        # A process without a row left runs one all the same, because the others wait for it.
+        chosen = [rows[i] for i in own] or [rows[0]]
         given: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(chosen).items()}
         labels: Tensor = given.pop("labels")
         positions: Tensor = given.get("position_ids", torch.arange(rows.length, device=device).expand_as(labels))
@@ -60,13 +70,17 @@ def evaluate(
         losses = cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
         )
-        kept = labels[:, 1:].flatten() != IGNORED
+        kept = (labels[:, 1:].flatten() != IGNORED) & bool(own)
         at = positions[:, 1:].flatten()[kept].cpu()
         total.index_add_(0, at, losses[kept].double().cpu())
         count.index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
         if progress is not None:
-            progress("evaluate", min(start + batch, len(rows)), len(rows))
+            progress("evaluate", min(start + batch * world, len(rows)), len(rows))
     model.train(training)
+    if world > 1:
+        sums = torch.stack([total, count]).to(device)
+        distributed.all_reduce(sums)
+        total, count = sums.cpu()
     return summary(total, count)
 
 

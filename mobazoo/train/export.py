@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from mobazoo.checkpoint.compare import HEAD
 from mobazoo.checkpoint.edit import to_hf
 from mobazoo.checkpoint.family import Family
 from mobazoo.checkpoint.folder import CONFIG, read_json
@@ -37,6 +38,8 @@ def write_model(
         state: weights (None: the model's own).
     """
     config = model.config
+    if state is not None and config.tie_word_embeddings:
+        state.pop(HEAD, None)
     before, cached = config.moba, config.use_cache
     moba = dict(before or {"attention": []})
     origin = {**provenance, **({"before": moba["provenance"]} if moba.get("provenance") else {})}

@@ -54,6 +54,7 @@ class Metrics(TrainerCallback):
         self.recipe, self.file, self.share = recipe, file, share
         self.progress, self.log = progress, log
         self.since, self.step = time.perf_counter(), 0
+        self.loss = float("nan")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the clock."""
@@ -73,7 +74,10 @@ class Metrics(TrainerCallback):
         **_: Any,
     ) -> None:
         """Writes a line, where transformers logs a loss."""
-        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+        if logs is None or "loss" not in logs:
+            return
+        self.loss = logs["loss"]
+        if not state.is_world_process_zero:
             return
         now, per_step = time.perf_counter(), self.recipe.batch * self.recipe.length
         rate = (state.global_step - self.step) * per_step / max(now - self.since, 1e-9)
@@ -93,6 +97,18 @@ class Metrics(TrainerCallback):
                 f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}, "
                 f"{rate:,.0f} tokens/s, learning rate {logs['learning_rate']:.2e}"
             )
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written after ``step``, which will be written again."""
+        kept = []
+        if step and self.file.exists():
+            for line in self.file.read_text("utf-8").splitlines(keepends=True):
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except ValueError:  # torn by a kill; nothing whole comes after it
+                    break
+        self.file.write_text("".join(kept), "utf-8")
 
     def write(self, said: dict[str, Any]) -> None:
         """Adds a line to the file."""

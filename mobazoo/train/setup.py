@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from mobazoo.attention.pattern import Full
 from mobazoo.checkpoint.family import Family, family_of, skeleton, zoo_config
 from mobazoo.checkpoint.folder import open_folder
 from mobazoo.checkpoint.hub import locate
 from mobazoo.checkpoint.load import load
 from mobazoo.config.keys import refuse_unknown
 from mobazoo.config.models import ModelEntry, model_entry, model_names
-from mobazoo.config.rules import LayerAttention
+from mobazoo.config.rules import Rule
 from mobazoo.config.train import TrainRecipe
 from mobazoo.data.tokenizer import load_tokenizer
 from mobazoo.errors import InputError
 from mobazoo.nn.causal_lm import MobaForCausalLM
+from mobazoo.train.schedule import AttentionSchedule, Rules
 
 Progress = Callable[[str, int, int], None]
 
@@ -34,6 +35,7 @@ class Setup:
         family: its classes.
         config: with the recipe's rules.
         tokenizer: that fits it.
+        schedule: which rules hold when.
         random: whether it starts with random weights.
         parameters: trainable numbers, tied ones once.
     """
@@ -41,14 +43,15 @@ class Setup:
     family: Family
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    schedule: AttentionSchedule
     random: bool
     parameters: int
 
     @property
-    def layers(self) -> tuple[LayerAttention, ...]:
-        """The attention of every layer."""
-        layers: tuple[LayerAttention, ...] = self.config.attention_layers()
-        return layers
+    def rules(self) -> Rules:
+        """The rules of the whole run, which those of its stages come after."""
+        rules: tuple[Rule, ...] = self.config.attention_rules()
+        return [rule.as_dict() for rule in rules]
 
 
 def prepare(recipe: TrainRecipe) -> Setup:
@@ -66,13 +69,31 @@ def prepare(recipe: TrainRecipe) -> Setup:
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)
     _check_fit(recipe, config, tokenizer)
     model = skeleton(family.model, config, recipe.model)
-    return Setup(family, config, tokenizer, random, model.num_parameters())
+    rules = [rule.as_dict() for rule in config.attention_rules()]
+    schedule = AttentionSchedule(recipe, rules, config.num_hidden_layers)
+    if recipe.to == "hf" and not schedule.ends_plain:
+        raise InputError(
+            "train.to: a plain Hugging Face checkpoint has full attention without kconv in every layer; end the run "
+            "with it (attention=[{pattern: full}], or a last stage of it), or set to=zoo"
+        )
+    return Setup(family, config, tokenizer, schedule, random, model.num_parameters())
 
 
-def make_model(setup: Setup, recipe: TrainRecipe, progress: Progress | None = None) -> MobaForCausalLM:
-    """The model with its weights, in the recipe's dtype, on the CPU."""
+def make_model(
+    setup: Setup, recipe: TrainRecipe, progress: Progress | None = None, resumed: Path | None = None
+) -> MobaForCausalLM:
+    """The model with its weights, in the recipe's dtype, on the CPU.
+
+    Args:
+        setup: what ``prepare`` found.
+        recipe: of the run.
+        progress: told ``("load", bytes read, bytes in all)``.
+        resumed: a checkpoint of the run to take the weights from.
+    """
     dtype: torch.dtype = getattr(torch, recipe.dtype)
-    if setup.random:
+    if resumed is not None:
+        model = load(resumed, dtype=dtype, device="cpu", progress=progress)
+    elif setup.random:
         torch.manual_seed(recipe.seed)
         setup.config.dtype = dtype
         model = setup.family.model(setup.config)
@@ -117,9 +138,3 @@ def _check_fit(recipe: TrainRecipe, config: Any, tokenizer: PreTrainedTokenizerB
         )
     if not isinstance(tokenizer.eos_token_id, int):
         raise InputError("train.tokenizer: has no end token (eos_token), which ends each document; set one and save it")
-    layers = config.attention_layers()
-    if recipe.to == "hf" and any(layer.pattern != Full() or layer.kconv for layer in layers):
-        raise InputError(
-            "train.to: a plain Hugging Face checkpoint has full attention without kconv in every layer; add "
-            "attention=[{pattern: full}], or set to=zoo"
-        )
