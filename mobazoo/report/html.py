@@ -24,9 +24,9 @@ def figure(svg: str, alternative: str, caption: str) -> str:
     return f"<figure>{named}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def more(summary: str, content: str) -> str:
+def more(summary: str, *content: str) -> str:
     """What is shown when it is asked for."""
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+    return f"<details><summary>{escape(summary)}</summary>{''.join(content)}</details>"
 
 
 def section(title: str, *content: str) -> str:

@@ -44,7 +44,7 @@ def render(findings: Findings, title: str) -> str:
 
 def short_table(findings: Findings) -> Table:
     """What everything comes to, in one table."""
-    header = ("measured", "with", "value", "against full")
+    header = ("measured", "with", "value", "difference")
     rows: list[tuple[str, ...]] = []
     for name, loss in findings.of("loss").items():
         first = next(iter(loss["settings"]))
@@ -83,8 +83,8 @@ def _short(findings: Findings) -> str:
     if not rows:
         return ""
     words = (
-        "Loss is the mean over validation texts, in nats per token; against full attention it is compared text by "
-        "text, with the standard error of the difference. Prefill is the time to read a prompt."
+        "Loss is the mean over validation texts, in nats per token. The difference is to the first setting of the same "
+        "measurement, text by text, with its standard error. Prefill is the time to read a prompt."
     )
     return section("In short", table(header, rows), paragraph(words, "soft"))
 
@@ -93,24 +93,25 @@ def _losses(findings: Findings, plots: Any) -> str:
     losses = findings.of("loss")
     if not losses:
         return ""
-    header = ("positions", *(f"{s}, {name}" for name, loss in losses.items() for s in loss["settings"]))
-    columns = [said["by_position"] for loss in losses.values() for said in loss["settings"].values()]
-    rows = [
-        (f"{buckets[0]['first']}-{buckets[0]['last']}", *(_with_error(b["loss"]) for b in buckets))
-        for buckets in zip(*columns, strict=False)
-    ]
-    texts = next(iter(findings.of("texts").values()))
-    ends = zip(header[1:], rows[0][1:], rows[-1][1:], strict=True)
-    said = "; ".join(f"{curve} {first} to {last}" for curve, first, last in ends)
+    tables, curves, texts = [], [], []
+    for name, loss in losses.items():
+        settings = loss["settings"]
+        runs = zip(*(said["by_position"] for said in settings.values()), strict=True)
+        rows = [(f"{run[0]['first']}-{run[0]['last']}", *(_with_error(bucket["loss"]) for bucket in run)) for run in runs]
+        tables += [paragraph(name), table(("positions", *settings), rows)]
+        ends = zip(settings, rows[0][1:], rows[-1][1:], strict=True)
+        curves += [f"{setting}, {name}: {first} to {last}" for setting, first, last in ends]
+        said = findings.results[name]["texts"]
+        texts.append(f"{said['count']} texts of {said['length']} tokens")
     caption = (
-        f"{texts['count']} texts of {texts['length']} tokens. Where a curve falls, later tokens profit from what was "
-        "read before. A gap between the settings of one measurement is what block attention costs there."
+        f"{', '.join(dict.fromkeys(texts))}. Where a curve falls, later tokens profit from what was read before. A gap "
+        "between the settings of one measurement is what block attention costs there."
     )
     drawn = plots.loss_by_position(losses, "loss")
     return section(
         "Loss by position",
-        figure(drawn, f"Line plot of loss by position, first to last: {said}.", caption),
-        more("the numbers, with standard errors", table(header, rows)),
+        figure(drawn, f"Line plot of loss by position, first to last. {'; '.join(curves)}.", caption),
+        more("the numbers, with standard errors", *tables),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_shares_of_neighbours() -> None:
     assert blocks == 2
     np.testing.assert_array_equal(picture[:, 0], [0, 0, 0, 0, 1, 0.5, 0.5, 0])
     np.testing.assert_array_equal(picture[:, 1], 0)
+
+
+def test_measurements_of_other_lengths_stand_side_by_side(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    said = json.loads((tmp_path / "after.json").read_text())
+    said["texts"] = {"count": 7, "length": 512}
+    for setting in said["loss"]["settings"].values():
+        setting["by_position"] = setting["by_position"][:4]
+    (tmp_path / "after.json").write_text(json.dumps(said))
+    text = write_report(ReportRecipe(str(tmp_path)))[0].read_text()
+    assert "40 texts of 1024 tokens, 7 texts of 512 tokens." in text
+    found = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+    (losses, *_) = (element for element in found.iter() if element.tag == "details")
+    assert [len(list(table.iter("tr"))) for table in losses.iter("table")] == [9, 5]
 
 
 def test_a_run_with_one_result_has_a_page_too(tmp_path: Path) -> None:
