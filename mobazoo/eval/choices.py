@@ -8,15 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mobazoo.attention import MoBA, Routes, centroids, route
 from mobazoo.config.eval import ChoicesTask
 from mobazoo.errors import InputError
 from mobazoo.eval.settings import setting
-from mobazoo.nn.attention import Attention
 from mobazoo.nn.causal_lm import MobaForCausalLM
-from mobazoo.nn.geometry import Geometry
 
 
 def block_choices(
@@ -66,15 +64,12 @@ def _routes(model: MobaForCausalLM, ids: Tensor, layers: Sequence[int]) -> dict[
     return found
 
 
-def _keep(found: dict[int, Routes], attention: nn.Module, given: tuple[Any, ...]) -> None:
-    """A forward pre-hook: the gate's answer for what the layer is about to compute."""
+def _keep(found: dict[int, Routes], attention: Any, given: tuple[Any, ...]) -> None:
+    """A forward pre-hook of an ``Attention``: the gate's answer for what the layer is about to compute."""
     x, geometry = given[:2]
-    if not isinstance(attention, Attention) or not isinstance(geometry, Geometry):
-        raise TypeError(f"want an attention layer with its geometry, got {type(attention)}, {type(geometry)}")
     pattern, (q, k, _) = attention.layer.pattern, attention.project(x, geometry)
-    if isinstance(pattern, MoBA):
-        known = centroids(k, pattern.block_size, geometry.segments)
-        found[attention.number] = route(q, known, pattern, geometry.segments, geometry.q_start)
+    known = centroids(k, pattern.block_size, geometry.segments)
+    found[attention.number] = route(q, known, pattern, geometry.segments, geometry.q_start)
 
 
 def _chosen(index: Tensor) -> list[list[int]]:
