@@ -131,7 +131,7 @@ def _prefill(findings: Findings, plots: Any) -> str:
         ]
         said = "; ".join(f"{cell[0]} tokens: full {cell[1]} s, MoBA {cell[2]} s" for cell in cells)
         rounds = len(rows[0]["full_s"])
-        caption = f"Medians of {rounds} rounds in turn; above each length, how many times faster MoBA is."
+        caption = f"Medians of {rounds} rounds in turn; at each length, how many times faster MoBA is (below 1: slower)."
         header = ("tokens", "full s", "MoBA s", "times faster", "range", "keys read")
         parts.append(
             section(
