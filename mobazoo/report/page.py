@@ -97,7 +97,9 @@ def _losses(findings: Findings, plots: Any) -> str:
     for name, loss in losses.items():
         settings = loss["settings"]
         runs = zip(*(said["by_position"] for said in settings.values()), strict=True)
-        rows = [(f"{run[0]['first']}-{run[0]['last']}", *(_with_error(bucket["loss"]) for bucket in run)) for run in runs]
+        rows = [
+            (f"{run[0]['first']}-{run[0]['last']}", *(_with_error(bucket["loss"]) for bucket in run)) for run in runs
+        ]
         tables += [paragraph(name), table(("positions", *settings), rows)]
         ends = zip(settings, rows[0][1:], rows[-1][1:], strict=True)
         curves += [f"{setting}, {name}: {first} to {last}" for setting, first, last in ends]
@@ -131,7 +133,9 @@ def _prefill(findings: Findings, plots: Any) -> str:
         ]
         said = "; ".join(f"{cell[0]} tokens: full {cell[1]} s, MoBA {cell[2]} s" for cell in cells)
         rounds = len(rows[0]["full_s"])
-        caption = f"Medians of {rounds} rounds in turn; at each length, how many times faster MoBA is (below 1: slower)."
+        caption = (
+            f"Medians of {rounds} rounds in turn; at each length, how many times faster MoBA is (below 1: slower)."
+        )
         header = ("tokens", "full s", "MoBA s", "times faster", "range", "keys read")
         parts.append(
             section(
