@@ -13,7 +13,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c 
 help:
 	@echo "make setup      create $(VENV) and install (torch first, at its pinned version)"
 	@echo "make test       the default tests, under ten minutes on two cores"
-	@echo "make demo       what MoBA attention does, on this machine"
+	@echo "make demo       the main job in about five minutes: a small Llama gets MoBA; a page says what came of it"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     ruff, fixing what it can"
 	@echo "make test-slow  the tests that take minutes"
@@ -47,7 +47,7 @@ format: $(READY)
 	$(PY) -m ruff format .
 
 demo: $(READY)
-	$(PY) examples/attention.py
+	$(PY) -m mobazoo run recipes/quickstart.yaml
 
 bench: $(READY)
 	$(PY) -m mobazoo.bench --suite cpu --markdown docs/benchmarks/cpu.md

@@ -24,8 +24,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mobazoo.models",),
     ("mobazoo.integrations",),
     ("mobazoo.checkpoint",),
-    ("mobazoo.data", "mobazoo.metrics"),
-    ("mobazoo.train", "mobazoo.eval", "mobazoo.generate", "mobazoo.bench", "mobazoo.explain"),
+    ("mobazoo.data", "mobazoo.metrics", "mobazoo.results"),
+    ("mobazoo.explain",),
+    ("mobazoo.train", "mobazoo.eval", "mobazoo.generate", "mobazoo.bench", "mobazoo.prefill", "mobazoo.report"),
     ("mobazoo.zoo",),
     ("mobazoo.cli", "mobazoo.__main__"),
 )

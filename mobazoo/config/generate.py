@@ -21,6 +21,8 @@ class GenerateRecipe:
         seed: of the sampling (None: another answer every time).
         chat: use the tokenizer's chat template (None: if it has one).
         system: system message, with a chat template.
+        prompt: what to continue, where the command line names none.
+        dest: JSON file for prompt, text and figures (None: the console only).
     """
 
     model: str
@@ -33,3 +35,5 @@ class GenerateRecipe:
     seed: int | None = None
     chat: bool | None = None
     system: str | None = None
+    prompt: str | None = None
+    dest: str | None = None
