@@ -10,7 +10,7 @@ from mobazoo.checkpoint import verify as module
 from mobazoo.checkpoint.convert import convert
 from mobazoo.checkpoint.memory import available_memory
 from mobazoo.checkpoint.verify import VerificationError, verify
-from mobazoo.config.convert import ConvertRecipe
+from mobazoo.config.convert import ConvertRecipe, RopeExtension
 from mobazoo.errors import InputError
 
 from .factories import RULES, edit_config, listing, save
@@ -96,6 +96,18 @@ def test_frequencies(single: Path, zoo: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(RotaryEmbedding, "__init__", off)
     with pytest.raises(VerificationError, match="rotary frequencies differ from transformers'"):
         verify(single, zoo)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_frequencies_of_a_context_that_only_the_zoo_can_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    scaling = {"factor": 2.0, "rope_theta": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    save(tmp_path / "hf", rope_parameters={"rope_type": "llama3", "original_max_position_embeddings": 64, **scaling})
+    convert(ConvertRecipe(str(tmp_path / "hf"), str(tmp_path / "zoo"), rope=RopeExtension(kind, factor=4.0)))
+    monkeypatch.setattr("mobazoo.nn.rope.rope_steps", lambda _: ())  # a model that forgets what its config says
+    with pytest.raises(VerificationError, match="rotary frequencies differ from transformers'"):
+        verify(tmp_path / "hf", tmp_path / "zoo")
 
 
 def test_another_family(single: Path, tmp_path: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mobazoo.cli.output import note
+from mobazoo.cli.output import note, progress
 from mobazoo.cli.work import DryRun, Overrides, show_plan
 from mobazoo.config.generate import GenerateRecipe
 from mobazoo.config.recipe import parse_recipe
@@ -42,7 +42,8 @@ def main(
         show_plan(recipe, plan(recipe))
         return
     text = _prompt(prompt, prompt_file)
-    loaded, tokenizer = _load(recipe)
+    with progress() as update:
+        loaded, tokenizer = _load(recipe, update)
     report: Report = import_module("mobazoo.generate").generate(loaded, tokenizer, text, recipe, _write)
     print(flush=True)
     rate = report.new_tokens / report.seconds
@@ -58,7 +59,11 @@ def resolve(model: str, overrides: Sequence[str]) -> GenerateRecipe:
 
 
 def plan(recipe: GenerateRecipe) -> list[str]:
-    """What would happen."""
+    """What would happen. A folder that is here is checked; the Hub is not asked."""
+    folder = Path(recipe.model).expanduser()
+    if folder.is_dir():
+        import_module("mobazoo.checkpoint.folder").open_folder(folder)
+        import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(folder)
     return [f"would load {recipe.model} and write up to {recipe.max_new_tokens} tokens after the prompt"]
 
 
@@ -77,19 +82,17 @@ def _prompt(text: str | None, file: Path | None) -> str:
         raise InputError(f"prompt {file or 'on stdin'}: cannot be read as text: {error}") from None
 
 
-def _load(recipe: GenerateRecipe) -> tuple[Any, Any]:
+def _load(recipe: GenerateRecipe, update: Callable[[str, int, int], None]) -> tuple[Any, Any]:
     given = {"attention": recipe.attention or None, "dtype": recipe.dtype}
     device = recipe.device
     if device == "auto":
         device = "cuda" if import_module("torch").cuda.is_available() else "cpu"
     folder = import_module("mobazoo.checkpoint.hub").locate(recipe.model)
     said = {name: value for name, value in given.items() if value is not None}
-    loaded = import_module("mobazoo.checkpoint.load").load(folder, device=device, **said)
-    try:
-        tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no tokenizer that loads: {str(error).splitlines()[0]}") from None
-    return loaded, tokenizer
+    load = import_module("mobazoo.zoo").load  # which makes transformers know the zoo: a tokenizer's class may ask for it
+    import_module("mobazoo.checkpoint.folder").open_folder(folder)  # what is no checkpoint is said first
+    tokenizer = import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(folder)
+    return load(folder, device=device, progress=update, **said), tokenizer
 
 
 def _write(text: str) -> None:
