@@ -63,7 +63,9 @@ def test_every_error_has_a_test_on_its_text() -> None:
 
 
 def test_the_scan_sees_what_nobody_asks_for() -> None:
-    (call,) = (n for n in ast.walk(ast.parse("InputError(f'{x}: zqxw wjkk {y} vvvqq kkkj')")) if isinstance(n, ast.Call))
+    (call,) = (
+        n for n in ast.walk(ast.parse("InputError(f'{x}: zqxw wjkk {y} vvvqq kkkj')")) if isinstance(n, ast.Call)
+    )
     pieces = fragments(call)
     assert pieces == ["zqxw wjkk", "vvvqq kkkj"]
     found = [text for text in asked() if "zqx" not in text and "vvvqq" not in text]

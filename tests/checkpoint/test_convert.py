@@ -188,26 +188,25 @@ def test_a_scaling_over_another_is_said_by_the_zoo(tmp_path: Path, old: dict, ki
     assert said["moba"]["rope"] == [step]
     assert said[scaling]["rope_type"] == old["rope_type"]
     assert said["max_position_embeddings"] == 1024
-    ours = load(tmp_path / "zoo", attn="full")
-    frequencies, magnitude = extend(theirs.model.rotary_emb.inv_freq, theirs.model.rotary_emb.attention_scaling, steps(step))
+    ours, rotary = load(tmp_path / "zoo", attn="full"), theirs.model.rotary_emb
+    frequencies, rotary.attention_scaling = extend(rotary.inv_freq, rotary.attention_scaling, steps(step))
     assert torch.equal(ours.model.rotary_emb.inv_freq, frequencies)
-    theirs.model.rotary_emb.inv_freq, theirs.model.rotary_emb.attention_scaling = frequencies, magnitude
+    rotary.inv_freq = frequencies
     with torch.no_grad():
         torch.testing.assert_close(ours(ids(40)).logits, theirs(ids(40)).logits, rtol=0, atol=1e-5)
-    for fields in ({}, {"rope": RopeExtension("linear", factor=2.0)}):  # a plain source can go no other way either
+    for source, rope in (("zoo", None), ("hf", RopeExtension(kind, factor=8.0))):
         with pytest.raises(UnsupportedError, match=f"extended over a {old['rope_type']} rope, which a plain Hugging"):
-            run(tmp_path / ("hf" if fields else "zoo"), tmp_path / "x", to="hf", **(fields if old != LINEAR else {}))
-        if old == LINEAR:
-            break
-    again = run(tmp_path / "zoo", tmp_path / "again", attention=[{"top_k": 3}], rope=RopeExtension("linear", factor=2.0))
+            run(tmp_path / source, tmp_path / "x", to="hf", rope=rope)
+    again = run(
+        tmp_path / "zoo", tmp_path / "again", attention=[{"top_k": 3}], rope=RopeExtension("linear", factor=2.0)
+    )
     assert again.verified is not None
-    rope = config(tmp_path / "again")["moba"]["rope"]
-    assert rope == [step, {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 1024}]
-    later = load(tmp_path / "again").model.rotary_emb.inv_freq
-    torch.testing.assert_close(later, frequencies / 2, rtol=1e-6, atol=0)
-    kept = load(tmp_path / "again")
-    kept.save_pretrained(tmp_path / "saved")
-    assert config(tmp_path / "saved")["moba"]["rope"] == rope
+    both = config(tmp_path / "again")["moba"]["rope"]
+    assert both == [step, {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 1024}]
+    longer = load(tmp_path / "again")
+    assert torch.equal(longer.model.rotary_emb.inv_freq, frequencies / 2)
+    longer.save_pretrained(tmp_path / "saved")
+    assert config(tmp_path / "saved")["moba"]["rope"] == both
 
 
 def steps(*said: dict) -> tuple:
@@ -225,7 +224,9 @@ def test_the_original_context_does_not_move(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("limit", "want"), [(128, 512), (64, 512), (4096, 4096), (10**30, 10**30), (None, None)])
-def test_a_longer_context_raises_the_tokenizers_limit(single: Path, tmp_path: Path, limit: object, want: object) -> None:
+def test_a_longer_context_raises_the_tokenizers_limit(
+    single: Path, tmp_path: Path, limit: object, want: object
+) -> None:
     (single / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit, "x": "é"}))
     run(single, tmp_path / "same", verify=False)
     assert (tmp_path / "same" / "tokenizer_config.json").read_bytes() == (single / "tokenizer_config.json").read_bytes()

@@ -109,9 +109,18 @@ def test_git_lfs_pointer(single: Path) -> None:
         ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', "not a safetensors file: "),
         ('{"a": {"dtype": "F3", "shape": [1], "data_offsets": [0, 4]}}', "unknown dtype 'F3' in its header"),
         ('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', "sizes in its header are not whole numbers"),
-        ('{"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}}', "sizes in its header are not whole numbers"),
-        ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', "its header gives a bytes 0..4, want 8 bytes"),
-        ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "its header gives a bytes 4..8, want 4 bytes"),
+        (
+            '{"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}}',
+            "sizes in its header are not whole numbers",
+        ),
+        (
+            '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+            "its header gives a bytes 0..4, want 8 bytes",
+        ),
+        (
+            '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+            "its header gives a bytes 4..8, want 4 bytes",
+        ),
         ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}', "its header names an entry twice"),
         ('{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', "not a safetensors file: "),
     ],

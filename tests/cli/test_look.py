@@ -103,7 +103,10 @@ def test_show_with_overrides_says_what_they_come_to() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["llama-tini"], "model 'llama-tini': no such file, and none of that name is shipped; did you mean 'llama-tiny'?"),
+        (
+            ["llama-tini"],
+            "model 'llama-tini': no such file, and none of that name is shipped; did you mean 'llama-tiny'?",
+        ),
         (["./mine.yaml"], "model './mine.yaml': no such file, and none of that name is shipped"),
         (["./nothing"], "./nothing: no such folder"),
         (["llama-tiny", "--dtype", "int8"], "--dtype: want one of float32, bfloat16, float16, got 'int8'"),

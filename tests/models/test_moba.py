@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from mobazoo.attention import Full, MoBA
 from tests.models.tiny import FAMILIES, MOBA, error, ids, ours, padded
 
 SPARSE = [{"layers": ":", "pattern": "moba", "block_size": 4, "top_k": 3, "decode": "moba"}]
@@ -37,6 +38,23 @@ def test_moba_differs_and_changes_no_weight(family: str) -> None:
     model.set_attention([*MOBA, {"layers": ":", "pattern": "full"}])
     assert torch.equal(model(tokens).logits, full)
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_rules_given_to_a_model_come_after_its_own() -> None:
+    model = ours("llama", [*MOBA, {"layers": -1, "pattern": "full"}])
+    model.set_attention([])
+    assert [layer.layer.pattern for layer in attentions(model)] == [MoBA(8, 2), MoBA(8, 2), Full()]
+    for _ in range(3):
+        model.set_attention([{"layers": ":", "backend": "reference"}, {"layers": 0, "top_k": 3}])
+    assert [layer.layer.pattern for layer in attentions(model)] == [MoBA(8, 3), MoBA(8, 2), Full()]
+    assert {layer.layer.backend for layer in attentions(model)} == {"reference"}
+    assert model.config.attention_layers() == tuple(layer.layer for layer in attentions(model))
+    model.set_attention([{"layers": ":", "pattern": "full"}])
+    assert {layer.layer.pattern for layer in attentions(model)} == {Full()}
+
+
+def attentions(model: Any) -> list[Any]:
+    return [layer.self_attn for layer in model.model.layers]
 
 
 @pytest.mark.parametrize("attn", ["moba", "moba_naive"])

@@ -120,7 +120,7 @@ def test_files_that_cannot_be_read(change: tuple[str, str], message: str) -> Non
 def test_unknown_names_and_fields() -> None:
     with pytest.raises(InputError, match=r"model 'llama3\.1-8': no such file, .*; did you mean 'llama3\.1-8b'"):
         model_entry("llama3.1-8")
-    with pytest.raises(InputError, match="model 'zzzzz': no such file, .*; `mobazoo models` lists what there is"):
+    with pytest.raises(InputError, match=r"model 'zzzzz': no such file, .*; `mobazoo models` lists what there is"):
         model_entry("zzzzz")
     with pytest.raises(InputError, match=r"model x.config: unknown key 'hiden_size'; did you mean 'hidden_size'"):
         make_config(parse(GOOD.replace("hidden_size", "hiden_size")))

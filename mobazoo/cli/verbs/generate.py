@@ -89,10 +89,9 @@ def _load(recipe: GenerateRecipe, update: Callable[[str, int, int], None]) -> tu
         device = "cuda" if import_module("torch").cuda.is_available() else "cpu"
     folder = import_module("mobazoo.checkpoint.hub").locate(recipe.model)
     said = {name: value for name, value in given.items() if value is not None}
-    load = import_module("mobazoo.zoo").load  # which makes transformers know the zoo: a tokenizer's class may ask for it
     import_module("mobazoo.checkpoint.folder").open_folder(folder)  # what is no checkpoint is said first
     tokenizer = import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(folder)
-    return load(folder, device=device, progress=update, **said), tokenizer
+    return import_module("mobazoo.checkpoint.load").load(folder, device=device, progress=update, **said), tokenizer
 
 
 def _write(text: str) -> None:
