@@ -65,17 +65,19 @@ def test_the_command_writes_what_the_model_generates(zoo: Path) -> None:
 
 
 def test_rules_come_after_the_checkpoints_own(zoo: Path) -> None:
-    """One meaning of ``attention``: load, set_attention, generate and convert come to the same layers."""
+    """One meaning of ``attention``: load, convert, generate and show come to the same layers."""
     later = [{"layers": 0, "top_k": 4}, {"layers": ":", "decode": "moba"}]
     loaded = mobazoo.load(zoo, attention=later)
     model = mobazoo.load(zoo)
-    model.set_attention(later)
+    model.set_attention([*model.config.moba["attention"], *later])  # which takes the whole list
     assert loaded.config.attention_layers() == model.config.attention_layers()
-    assert loaded.config.moba["attention"] == model.config.moba["attention"]
     convert(ConvertRecipe(str(zoo), str(zoo.parent / "later"), attention=later, verify=False, overwrite=True))
     assert mobazoo.load(zoo.parent / "later").config.attention_layers() == loaded.config.attention_layers()
     tokens = loaded.generate(torch.arange(2, 42)[None], max_new_tokens=8, do_sample=False)[0, 40:]
     given = "attention=" + json.dumps(later)
+    shown = [CliRunner().invoke(app, ["show", *args]).stdout for args in ([str(zoo), given], [str(zoo.parent / "later")])]
+    assert shown[0].splitlines()[2:] == shown[1].splitlines()[2:]
+    assert "0\t1\tmoba\t4\t4\tmoba" in shown[0]
     assert written(zoo, "temperature=0", given) == [f"w{i}" for i in tokens.tolist()]
 
 
@@ -113,19 +115,25 @@ def test_a_chat_template_makes_the_prompt(family: str, tmp_path: Path) -> None:
         result = call(tmp_path, "--prompt", "w7 w8", "temperature=0", "max_new_tokens=3", *args)
         assert result.exit_code == 0, result.output
         prompt = torch.tensor([[int(word[1:]) for word in said.split()]])
-        tokens = model.generate(prompt, max_new_tokens=3, do_sample=False)[0, prompt.shape[1] :]
+        mask = torch.ones_like(prompt)  # w0 is padding too, but not here
+        tokens = model.generate(prompt, attention_mask=mask, max_new_tokens=3, do_sample=False)[0, prompt.shape[1] :]
         assert result.stdout.split() == [f"w{i}" for i in tokens.tolist() if i]
         assert f"{prompt.shape[1]} tokens read, 3 written" in result.stderr
 
 
-def test_a_converted_folder_has_the_tokenizer_of_its_source(zoo: Path) -> None:
-    """Also where the tokenizer leaves its class to the model type, which transformers knows for plain folders only."""
-    for said in (None, "tokenizer_class"):
-        for folder in (zoo.parent / "hf", zoo):
-            config = json.loads((folder / "tokenizer_config.json").read_text())
-            config.pop(said, None)
-            (folder / "tokenizer_config.json").unlink()
-            (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        mine, theirs = load_tokenizer(zoo), AutoTokenizer.from_pretrained(zoo.parent / "hf")
+@pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast", None])
+def test_the_tokenizer_of_a_converted_folder(zoo: Path, tmp_path: Path, named: str | None) -> None:
+    """Also where it leaves its class to the model type, which transformers knows for plain folders only."""
+    for name in ("hf", "zoo"):
+        (tmp_path / name).mkdir()
+        for file in (*(zoo.parent / name).glob("token*"), zoo.parent / name / "config.json"):
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+        config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": named}))
+    mine = load_tokenizer(tmp_path / "zoo")
+    if named:
+        assert mine(PROMPT)["input_ids"] == list(range(2, 42))
+    else:
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
         assert type(mine) is type(theirs)
         assert mine(PROMPT)["input_ids"] == theirs(PROMPT)["input_ids"]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mobazoo.checkpoint.compare import FLOATS
-from mobazoo.checkpoint.folder import CONFIG, INDEX, WEIGHTS, Folder, inside, read_json
+from mobazoo.checkpoint.folder import CONFIG, INDEX, TOKENIZER, WEIGHTS, Folder, inside, read_json
 from mobazoo.checkpoint.manifest import MANIFEST
 from mobazoo.checkpoint.plan import OutShard, Plan
 from mobazoo.errors import InputError
@@ -23,7 +23,6 @@ Done = Callable[[int], None]
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md")
 _NAMES = ("LICENSE", "NOTICE")
 _MAX_SMALL = 64 << 20
-_TOKENIZER = "tokenizer_config.json"
 
 
 def write_shards(folder: Folder, plan: Plan, new: Path, done: Done) -> dict[str, int]:
@@ -95,7 +94,7 @@ def copy_small(folder: Path, new: Path) -> None:
 
 def raise_limit(new: Path, positions: int) -> None:
     """Lets a copied tokenizer make as many tokens as the extended context holds."""
-    path = new / _TOKENIZER
+    path = new / TOKENIZER
     said = read_json(path) if path.exists() else {}
     limit = said.get("model_max_length")
     if isinstance(limit, int | float) and limit < positions:

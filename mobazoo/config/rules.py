@@ -159,10 +159,10 @@ def moba_rules(moba: Mapping[str, Any] | None) -> tuple[Rule, ...]:
 def join_rules(
     own: Sequence[Mapping[str, Any]] | None, later: Sequence[Mapping[str, Any]] | None
 ) -> list[dict[str, Any]]:
-    """``later`` rules after a model's ``own``: what ``attention`` means wherever rules are given to a model.
+    """``later`` rules after a checkpoint's ``own``: what ``attention`` means wherever it is given with a checkpoint.
 
-    What a later rule for all layers says is dropped from the rules before it, so that lists do not grow when a model
-    is changed again and again.
+    What a later rule for all layers says is dropped from the rules before it, so that lists do not grow when a
+    checkpoint is converted again and again.
 
     Raises:
         InputError: rules that ``parse_rules`` refuses.

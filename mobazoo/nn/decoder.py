@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mobazoo.attention.backends import BACKENDS
-from mobazoo.config.rules import LayerAttention, join_rules, parse_rules, resolve
+from mobazoo.config.rules import LayerAttention, parse_rules, resolve
 from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.nn.attention import NAIVE, Attention
 from mobazoo.nn.geometry import Geometry, documents, past_length
@@ -78,16 +78,14 @@ class MobaPreTrainedModel(PreTrainedModel):
         """Gives layers another pattern, backend or decode mode; no weight changes.
 
         Args:
-            rules: per-layer rules after the model's own: each changes the fields it names for the layers it names, so
-                ``[{"layers": ":", "pattern": "full"}]`` is full attention everywhere, and ``[]`` changes nothing.
+            rules: all per-layer rules (``mobazoo.load`` puts what it is given after the checkpoint's own); ``[]`` is
+                full attention everywhere.
 
         Raises:
             InputError: rules that do not resolve; nothing is changed.
             UnsupportedError: rules that would add or remove a key convolution, which has weights.
         """
-        moba = self.config.moba or {}
-        joined = join_rules(moba.get("attention"), rules)
-        layers = resolve(parse_rules(joined), self.config.num_hidden_layers)
+        layers = resolve(parse_rules(rules), self.config.num_hidden_layers)
         check_backends(layers)
         attentions = [module for module in self.modules() if isinstance(module, Attention)]
         for module in attentions:
@@ -98,7 +96,7 @@ class MobaPreTrainedModel(PreTrainedModel):
                 )
         for module in attentions:
             module.layer = layers[module.number]
-        self.config.moba = {**moba, "attention": joined}
+        self.config.moba = {**(self.config.moba or {}), "attention": [dict(rule) for rule in rules]}
 
     @staticmethod
     def create_masks_for_generate(

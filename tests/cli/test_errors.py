@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoint.factories import edit_config, listing, save
 
 FORKS = """
-import json, os, resource, sys
+import json, os, resource, sys, traceback
 import torch
 torch.set_num_threads(1)
 import mobazoo.checkpoint.convert, mobazoo.cli, mobazoo.cli.describe, mobazoo.generate
@@ -37,7 +37,15 @@ for case in json.loads(sys.stdin.read()):
             resource.setrlimit(resource.RLIMIT_FSIZE, (case["largest"], case["largest"]))
         os.chdir(case["place"])
         sys.argv = ["mobazoo", *case["args"]]
-        mobazoo.cli.main()
+        try:
+            mobazoo.cli.main()
+        except SystemExit as left:
+            code = left.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        os._exit(code or 0)  # taking an interpreter with torch apart takes a second
     with open(f"{case['said']}.code", "w") as file:
         file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 """
@@ -154,7 +162,9 @@ CASES = {
     "backend": Case(
         "layer 0: backend 'sdpa' cannot do this: sdpa computes full attention only",
         lambda folder: (folder / "tokenizer.json").write_text(
-            json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"x": 0}, "merges": []}})
+            json.dumps(
+                {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"x": 0}, "merges": []}}
+            )
         ),
         command="generate hf --prompt x 'attention=[{pattern: moba, block_size: 4, top_k: 2, backend: sdpa}]'",
     ),

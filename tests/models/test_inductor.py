@@ -8,7 +8,7 @@ import torch
 from tests.models.tiny import FAMILIES, MOBA, error, ids, ours
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", *[pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:]]])
 def test_a_compiled_model_gives_the_same_loss_and_gradients(family: str) -> None:
     model = ours(family, [{**MOBA[0], "backend": "flash"}], num_hidden_layers=1)
     tokens = ids(2, 40)

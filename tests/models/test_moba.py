@@ -40,21 +40,17 @@ def test_moba_differs_and_changes_no_weight(family: str) -> None:
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
-def test_rules_given_to_a_model_come_after_its_own() -> None:
-    model = ours("llama", [*MOBA, {"layers": -1, "pattern": "full"}])
+def test_setting_rules_sets_all_of_them() -> None:
+    """So that a model can be put back as it was."""
+    own = [*MOBA, {"layers": -1, "pattern": "full"}]
+    model = ours("llama", own)
+    model.set_attention([{"layers": 0, "pattern": "moba", "block_size": 4, "top_k": 1, "decode": "moba"}])
+    assert [layer.self_attn.layer.pattern for layer in model.model.layers] == [MoBA(4, 1), Full(), Full()]
     model.set_attention([])
-    assert [layer.layer.pattern for layer in attentions(model)] == [MoBA(8, 2), MoBA(8, 2), Full()]
-    for _ in range(3):
-        model.set_attention([{"layers": ":", "backend": "reference"}, {"layers": 0, "top_k": 3}])
-    assert [layer.layer.pattern for layer in attentions(model)] == [MoBA(8, 3), MoBA(8, 2), Full()]
-    assert {layer.layer.backend for layer in attentions(model)} == {"reference"}
-    assert model.config.attention_layers() == tuple(layer.layer for layer in attentions(model))
-    model.set_attention([{"layers": ":", "pattern": "full"}])
-    assert {layer.layer.pattern for layer in attentions(model)} == {Full()}
-
-
-def attentions(model: Any) -> list[Any]:
-    return [layer.self_attn for layer in model.model.layers]
+    assert {layer.self_attn.layer.pattern for layer in model.model.layers} == {Full()}
+    model.set_attention(own)
+    assert model.config.moba == {"attention": own}
+    assert tuple(layer.self_attn.layer for layer in model.model.layers) == ours("llama", own).config.attention_layers()
 
 
 @pytest.mark.parametrize("attn", ["moba", "moba_naive"])
