@@ -75,7 +75,9 @@ def test_rules_come_after_the_checkpoints_own(zoo: Path) -> None:
     assert mobazoo.load(zoo.parent / "later").config.attention_layers() == loaded.config.attention_layers()
     tokens = loaded.generate(torch.arange(2, 42)[None], max_new_tokens=8, do_sample=False)[0, 40:]
     given = "attention=" + json.dumps(later)
-    shown = [CliRunner().invoke(app, ["show", *args]).stdout for args in ([str(zoo), given], [str(zoo.parent / "later")])]
+    shown = [
+        CliRunner().invoke(app, ["show", *args]).stdout for args in ([str(zoo), given], [str(zoo.parent / "later")])
+    ]
     assert shown[0].splitlines()[2:] == shown[1].splitlines()[2:]
     assert "0\t1\tmoba\t4\t4\tmoba" in shown[0]
     assert written(zoo, "temperature=0", given) == [f"w{i}" for i in tokens.tolist()]

@@ -120,6 +120,12 @@ def test_short_memory_is_said_before_anything_is_written(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    written: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("mobazoo.checkpoint.convert.write_shards", lambda *args: written.append(args))
+        with pytest.raises(InputError, match="bytes of memory, 1,000 are available"):
+            convert(ConvertRecipe(str(single), str(tmp_path / "zoo")))
+    assert written == []
     with pytest.raises(InputError, match=r"needs 268,559,616 bytes of memory, 1,000 are available; .*verify=false"):
         convert(ConvertRecipe(str(single), str(tmp_path / "zoo")))
     assert [path.name for path in tmp_path.iterdir()] == ["single"]

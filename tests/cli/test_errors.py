@@ -171,6 +171,11 @@ CASES = {
 }
 
 
+def everything(place: Path) -> tuple[set[Path], dict[str, bytes]]:
+    """All paths, empty folders too, and what the files hold."""
+    return set(place.rglob("*")), listing(place)
+
+
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str, bool]]:
     """Exit code, stdout, stderr of every case, and whether all files were afterwards as before."""
@@ -180,7 +185,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         place = root / f"place{number}"
         shutil.copytree(root / "hf", place / "hf")
         case.change(place / "hf")
-        before[name] = listing(place)
+        before[name] = everything(place)
         job = {"place": str(place), "args": shlex.split(case.command), "said": str(root / f"said{number}")}
         jobs.append({**job, "env": case.env, "largest": case.largest})
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -190,7 +195,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
     found = {}
     for number, name in enumerate(CASES):
         code, out, err = ((root / f"said{number}.{part}").read_text() for part in ("code", "stdout", "stderr"))
-        found[name] = (int(code), out, err, listing(root / f"place{number}") == before[name])
+        found[name] = (int(code), out, err, everything(root / f"place{number}") == before[name])
     return found
 
 
