@@ -8,7 +8,7 @@ READY := $(VENV)/.installed
 endif
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup test test-slow test-gpu lint format demo bench clean
+.PHONY: help setup test test-slow test-gpu test-oldest lint format demo bench clean
 
 help:
 	@echo "make setup      create $(VENV) and install (torch first, at its pinned version)"
@@ -18,6 +18,7 @@ help:
 	@echo "make format     ruff, fixing what it can"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make test-oldest  what touches transformers, with the oldest one that pyproject.toml allows"
 	@echo "make bench      the figures of docs/benchmarks/cpu.md"
 
 setup: $(READY)
@@ -53,4 +54,18 @@ bench: $(READY)
 	$(PY) -m mobazoo.bench --suite cpu --markdown docs/benchmarks/cpu.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# The oldest release of transformers that pyproject.toml allows, with the tokenizers and Hub client it asks for, in a
+# folder of its own before the installed ones.
+OLDEST_TRANSFORMERS := 5.10.1
+
+.oldest/$(OLDEST_TRANSFORMERS): $(READY)
+	rm -rf .oldest
+	$(PY) -m pip install --quiet --disable-pip-version-check --target .oldest transformers==$(OLDEST_TRANSFORMERS)
+	@touch $@
+
+test-oldest: .oldest/$(OLDEST_TRANSFORMERS)
+	PYTHONPATH=$(CURDIR)/.oldest $(PY) -c "import transformers; assert transformers.__version__ == '$(OLDEST_TRANSFORMERS)'"
+	PYTHONPATH=$(CURDIR)/.oldest $(PY) -m pytest tests/integrations tests/models tests/nn tests/checkpoint tests/cli \
+		tests/examples tests/test_generate.py tests/test_register.py

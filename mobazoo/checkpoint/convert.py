@@ -23,7 +23,7 @@ from mobazoo.checkpoint.place import free_place
 from mobazoo.checkpoint.plan import Plan, make_plan
 from mobazoo.checkpoint.staging import staged
 from mobazoo.checkpoint.verify import VerifyReport, check_memory, verify_folders
-from mobazoo.checkpoint.write import copy_small, new_bytes, write_json, write_shards
+from mobazoo.checkpoint.write import copy_small, new_bytes, raise_limit, write_json, write_shards
 from mobazoo.config.convert import ConvertRecipe
 from mobazoo.errors import InputError
 
@@ -91,6 +91,8 @@ def convert(recipe: ConvertRecipe, progress: Progress | None = None) -> ConvertR
     with staged(dest, replace=recipe.overwrite) as new:
         counts = write_shards(job.folder, job.plan, new, _counter(progress, "write", job.plan.nbytes))
         copy_small(job.folder.path, new)
+        if recipe.rope is not None:
+            raise_limit(new, job.config["max_position_embeddings"])
         write_json(new / CONFIG, job.config)
         total = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
         write_manifest(new, _counter(progress, "sums", total))
@@ -139,7 +141,7 @@ def _prepare(recipe: ConvertRecipe) -> _Job:
         edited = to_zoo(edited, family, rules, _provenance(recipe, folder))
         model = skeleton(family.model, typed, where)
     else:
-        edited = to_hf(edited, family)
+        edited = to_hf(edited, family, where)
         model = skeleton(family.model, zoo_config(family, edited, (), where), where)
     return _Job(folder, family, edited, make_plan(folder, expected(model), recipe.dtype, recipe.max_shard_size))
 

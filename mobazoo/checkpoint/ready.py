@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from mobazoo.nn.causal_lm import MobaForCausalLM
 
 
 def ready_model(
-    name: str,
+    name: str | Path,
     *,
     attention: Sequence[Mapping[str, Any]] = (),
     device: str = "auto",

@@ -12,7 +12,7 @@ class GenerateRecipe:
 
     Attributes:
         model: checkpoint folder or Hub id.
-        attention: per-layer rules instead of the checkpoint's (empty: the checkpoint's).
+        attention: per-layer rules after the checkpoint's own.
         device: ``auto`` takes a GPU if there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16`` (None: as stored).
         max_new_tokens: most tokens to write.

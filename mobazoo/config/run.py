@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mobazoo.config.schema import unknown
+from mobazoo.config.keys import refuse_unknown
 from mobazoo.errors import InputError
 
 _KEYS = ["verb", "recipe", "with"]
@@ -62,9 +62,7 @@ class RunRecipe:
         return [self._step(stage, f"stages[{i}]") for i, stage in enumerate(self.stages)]
 
     def _step(self, stage: Mapping[str, Any], key: str) -> Step:
-        for name in stage:
-            if name not in _KEYS:
-                raise InputError(unknown(key, name, _KEYS))
+        refuse_unknown(stage, _KEYS, key)
         for name in ("verb", "recipe"):
             if not isinstance(stage.get(name), str):
                 raise InputError(f"{key}.{name}: want text, got {stage.get(name)!r}")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mobazoo.checkpoint.ready import ready_model
+from mobazoo.checkpoint.tokenizer import load_tokenizer
 from mobazoo.config.eval import EvalRecipe
-from mobazoo.data.tokenizer import load_tokenizer
 from mobazoo.errors import InputError
 from mobazoo.eval.choices import block_choices
 from mobazoo.eval.loss import measure_loss

@@ -81,6 +81,6 @@ def export(
     with staged(dest, replace=replace) as new:
         write_model(model, tokenizer, new, provenance, state)
         if plain is not None:
-            write_json(new / CONFIG, to_hf(read_json(new / CONFIG), plain))
+            write_json(new / CONFIG, to_hf(read_json(new / CONFIG), plain, dest))
         shutil.copyfile(metrics, new / METRICS)
         write_manifest(new)

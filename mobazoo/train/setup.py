@@ -15,11 +15,11 @@ from mobazoo.checkpoint.family import Family, family_of, skeleton, zoo_config
 from mobazoo.checkpoint.folder import open_folder
 from mobazoo.checkpoint.hub import locate
 from mobazoo.checkpoint.load import load
+from mobazoo.checkpoint.tokenizer import load_tokenizer
 from mobazoo.config.keys import refuse_unknown
 from mobazoo.config.models import ModelEntry, model_entry, model_names
 from mobazoo.config.rules import Rule
 from mobazoo.config.train import TrainRecipe
-from mobazoo.data.tokenizer import load_tokenizer
 from mobazoo.errors import InputError
 from mobazoo.nn.causal_lm import MobaForCausalLM
 from mobazoo.train.schedule import AttentionSchedule, Rules

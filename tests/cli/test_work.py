@@ -79,10 +79,13 @@ def test_convert_and_show(checkpoint: Path, tmp_path: Path) -> None:
     again = call(*args)
     assert again.exit_code == 2
     assert "exists" in again.stderr
-    shown = call("show", tmp_path / "zoo", "attention[0].top_k=2", "--device", "cpu").stdout
-    assert "0-1\t2\tmoba\t8\t2\tfull" in shown
-    wrong = call("show", tmp_path / "zoo", "attention[0].topk=2")
+    shown = call("show", tmp_path / "zoo", "attention=[{layers: 0, top_k: 2}]", "--device", "cpu").stdout
+    assert "0\t1\tmoba\t8\t2\tfull" in shown
+    assert "1\t1\tmoba\t8\t3\tfull" in shown
+    wrong = call("show", tmp_path / "zoo", "attention=[{topk: 2}]")
     assert "did you mean 'top_k'?" in wrong.stderr
+    plain = call("show", checkpoint, "--device", "cpu").stdout
+    assert "0-1\t2\tfull\t\t\tfull" in plain
 
 
 def test_generate_from_argument_file_and_stdin(checkpoint: Path, tmp_path: Path) -> None:

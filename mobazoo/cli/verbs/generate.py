@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mobazoo.cli.output import note
+from mobazoo.cli.output import note, progress
 from mobazoo.cli.work import DryRun, Outcome, Overrides, show_plan
 from mobazoo.config.generate import GenerateRecipe
 from mobazoo.config.recipe import parse_recipe
@@ -54,7 +54,11 @@ def resolve(model: str, overrides: Sequence[str]) -> GenerateRecipe:
 
 
 def plan(recipe: GenerateRecipe) -> list[str]:
-    """What would happen."""
+    """What would happen. A folder that is here is checked; the Hub is not asked."""
+    folder = Path(recipe.model).expanduser()
+    if folder.is_dir():
+        import_module("mobazoo.checkpoint.folder").open_folder(folder)
+        import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(folder)
     lines = [f"would load {recipe.model} and write up to {recipe.max_new_tokens} tokens after the prompt"]
     return [*lines, f"would write {recipe.dest}"] if recipe.dest else lines
 
@@ -78,10 +82,12 @@ def _run(recipe: GenerateRecipe, prompt: str) -> Report:
         pieces.append(text)
         print(text, end="", flush=True)
 
-    import_module("mobazoo.zoo").register()  # for the tokenizer, which asks for the model's config
+    folder = import_module("mobazoo.checkpoint.hub").locate(recipe.model)
+    import_module("mobazoo.checkpoint.folder").open_folder(folder)  # what is no checkpoint is said first
+    tokenizer = import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(folder)
     said = {"attention": recipe.attention, "device": recipe.device, "dtype": recipe.dtype}
-    model = import_module("mobazoo.checkpoint.ready").ready_model(recipe.model, **said)
-    tokenizer = import_module("mobazoo.data.tokenizer").load_tokenizer(recipe.model)
+    with progress() as update:
+        model = import_module("mobazoo.checkpoint.ready").ready_model(folder, progress=update, **said)
     report: Report = import_module("mobazoo.generate").generate(model, tokenizer, prompt, recipe, write)
     print(flush=True)
     rate = report.new_tokens / report.seconds
