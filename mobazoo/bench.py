@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -101,7 +101,7 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pair(case: Case, rounds: int = 3, repeats: int = 3) -> Result:
-    """Times one case against full attention; ``rounds`` pairs after a warm-up of both, two where one takes long."""
+    """Times one case against full attention: ``rounds`` pairs after a warm-up of both."""
     q, k, v = inputs(case)
     group = case.query_heads // case.key_heads
     pattern = MoBA(case.block_size, case.top_k)
@@ -119,8 +119,6 @@ def pair(case: Case, rounds: int = 3, repeats: int = 3) -> Result:
             torch.autograd.grad(out, (q, k, v), dout)
 
     warm = (seconds(full), seconds(moba))
-    if warm[0] > 8:
-        rounds = min(rounds, 2)
     if max(warm) < 0.05:  # short calls: more of them, or the clock decides
         rounds, repeats = 4 * rounds, 4 * repeats
     fulls, mobas = [], []
@@ -128,6 +126,24 @@ def pair(case: Case, rounds: int = 3, repeats: int = 3) -> Result:
         fulls.append(median(seconds(full) for _ in range(repeats if warm[0] < 0.5 else 1)))
         mobas.append(median(seconds(moba) for _ in range(repeats)))
     return Result(case, _backend_of(case, pattern), fulls, mobas)
+
+
+def measured(cases: list[tuple[Case, str]], rounds: int, console: Console) -> list[tuple[Result, str]]:
+    """Every case; several are gone through round by round, so that a busy minute of the machine is not one's alone."""
+    passes = rounds if len(cases) > 1 else 1
+    results: list[tuple[Result, str]] = []
+    for done in range(passes):
+        for i, (case, bound) in enumerate(cases):
+            result = pair(case, rounds // passes)
+            if done:
+                before = results[i][0]
+                result = replace(result, full=before.full + result.full, moba=before.moba + result.moba)
+                results[i] = (result, bound)
+            else:
+                results.append((result, bound))
+            last = f"round {done + 1} of {passes}: " if passes > 1 else ""
+            console.print(f"{last}{case.label()}: [bold]{result.speedup:.2f}x[/] {bound}")
+    return results
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -197,7 +213,7 @@ def suite_cpu() -> Iterator[tuple[Case, str]]:
     for block_size, top_k in ((512, 3), (128, 8)):
         reads = block_size * top_k
         for length in (reads // 2, reads, reads * 3 // 2, reads * 2, reads * 4):
-            bound = ">= 0.95 (exact)" if length <= reads else ">= 0.77 (window)"
+            bound = ">= 0.95 (exact)" if length <= reads else ">= 0.7 (window)"
             yield Case(length=length, block_size=block_size, top_k=top_k), bound
         for length in (4096, 8192, 16384, 65536):
             yield Case(length=length, block_size=block_size, top_k=top_k), "> 1" if length > 4096 else ""
@@ -236,11 +252,7 @@ def main(
             for case, bound in cases:
                 console.print(f"would time {case.label()} {bound}".rstrip())
             return
-        results = []
-        for case, bound in cases:
-            result = pair(case, rounds)
-            console.print(f"{case.label()}: [bold]{result.speedup:.2f}x[/] {bound}")
-            results.append((result, bound))
+        results = measured(cases, rounds, console)
         for result, _ in results:  # after all timing: a profiler leaves a process slower than it found it
             case = result.case
             if not case.backward and case.length >= 32768 and result.backend.endswith("flash"):

@@ -128,11 +128,9 @@ def backward(
         keys, values, stats = k[b, j], v[b, j], lse[b, g]
         places = (grads[0][b, g], grads[1][b, j], grads[2][b, j])
         sums = [x.zero_() if x.dtype == wide else x.new_zeros(x.shape, dtype=wide) for x in places]
-        # On short pieces the kernel is slower in a narrow dtype than in float32, and its sums would be rounded.
-        wide_rows, wide_keys, wide_values = [x.to(wide) for x in rowwise], keys.to(wide), values.to(wide)
+        wide_keys, wide_values = keys.to(wide), values.to(wide)
         for tile in tiles:
-            own_backward(tile, q_start, wide_rows, wide_keys, wide_values, stats, sums, scale)
-        del wide_rows, wide_keys, wide_values
+            own_backward(tile, q_start, rowwise, wide_keys, wide_values, stats, sums, scale)
         flat = [x.flatten(0, 1) for x in (*rowwise, stats[..., None])]
         for runs in alike(reads, torch.get_num_threads(), block_size):
             _routed_backward(runs, reads.rows, flat, keys, values, sums, block_size, scale)

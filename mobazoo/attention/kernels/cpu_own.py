@@ -113,9 +113,19 @@ def own_backward(
     grads: list[Tensor],
     scale: float,
 ) -> None:
-    """One tile of one key head: from ``rowwise`` (dout, q, out, each ``[G, T, D]``) into ``grads`` (of q, k and v)."""
+    """One tile of one key head: from ``rowwise`` (dout, q, out, each ``[G, T, D]``) into ``grads`` (of q, k, v).
+
+    ``k``, ``v`` and ``grads`` are float32 or wider.
+    """
     offset = tile.q_start - q_start
-    dout, q, out = (_pieces(x, offset, tile.q_len, tile).transpose(0, 1).contiguous() for x in rowwise)
+    # In float32 whatever the dtype: on short pieces the kernel is slower in a narrow one, and its sums are rounded.
+    dout, q, out = (
+        _pieces(x, offset, tile.q_len, tile)
+        .transpose(0, 1)
+        .to(k.dtype, memory_format=torch.contiguous_format)
+        .contiguous()
+        for x in rowwise
+    )
     group = q.shape[1]
     keys = _pieces(k, tile.k_start, tile.k_len, tile)[:, None].expand(-1, group, -1, -1)  # [count, G, k_len, D]
     values = _pieces(v, tile.k_start, tile.k_len, tile)[:, None].expand(-1, group, -1, -1)

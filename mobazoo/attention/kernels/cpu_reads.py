@@ -13,7 +13,7 @@ from mobazoo.attention.kernels.cpu_own import TOKENS_PER_CALL
 
 # Entries sorted at once: from 32768 on torch sorts integers by radix.
 _SORTED_TOGETHER = 1 << 18
-# Rows of one batch entry: the backward kernel's tiles are large from 768 on.
+# Least rows of one batch entry: the backward kernel's tiles are large from 768 on.
 _ROWS_PER_ENTRY = 768
 # Below this many rows a thread, splitting a call over the threads costs more than it gives.
 ROWS_PER_THREAD = 128
@@ -88,12 +88,13 @@ def reads_all_before(index: Tensor, doc: Tensor, pos: Tensor, block_size: int) -
     is ``[Hq, T, K - 1]`` of routes that somebody may have chosen by hand: None if they read less.
     """
     early = (pos < (index.shape[-1] + 1) * block_size) & (doc >= 0)
-    slots = early.nonzero().flatten()
-    earlier = pos[slots] // block_size
-    heads = max(1, _SORTED_TOGETHER // max(1, slots.shape[0] * index.shape[-1]))
-    if all(bool(((some[:, slots] >= 0).sum(-1) == earlier).all()) for some in index.split(heads)):
-        return early
-    return None
+    stop = int(early.nonzero().amax()) + 1 if early.any() else 0
+    earlier, later = pos[:stop] // block_size, ~early[:stop]
+    heads = max(1, _SORTED_TOGETHER // max(1, stop * index.shape[-1]))
+    for some in index[:, :stop].split(heads):
+        if not (((some >= 0).sum(-1) == earlier) | later).all():
+            return None
+    return early
 
 
 def alike(reads: Reads, threads: int, block_size: int) -> Iterator[list[Run]]:
@@ -101,9 +102,10 @@ def alike(reads: Reads, threads: int, block_size: int) -> Iterator[list[Run]]:
 
     The backward kernel gives a thread whole entries. A run that is like no other is shared among the threads.
     """
+    rows = max(_ROWS_PER_ENTRY, TOKENS_PER_CALL // (2 * threads))
     pieces: list[Run] = []
     for begin, count, k0 in reads.blocks:
-        pieces += _shares(begin, count, k0, max(1, count // _ROWS_PER_ENTRY))
+        pieces += _shares(begin, count, k0, max(1, count // rows))
     pieces.sort(key=lambda piece: -piece[1])
     at = 0
     while at < len(pieces):
