@@ -52,14 +52,15 @@ def extended(config: Mapping[str, Any], rope: RopeExtension, where: object) -> d
     old = config.get("max_position_embeddings")
     current = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = current.get("rope_type", current.get("type", "default"))
-    if kind != "default":
+    again = kind == rope.type == "linear"  # interpolating twice is interpolating once, by both factors
+    if kind != "default" and not again:
         raise UnsupportedError(f"{where}: its rope type is already {kind!r}; only a default rope can be extended")
     if not isinstance(old, int):
         raise InputError(f"{where}: config.json has no max_position_embeddings to extend")
     factor = rope.factor if rope.max_positions is None else rope.max_positions / old
     if factor is None or not 1 < factor < float("inf"):
         raise InputError(f"convert.rope: extends {old} positions by a factor of {factor}; want a factor > 1")
-    new: dict[str, Any] = {"rope_type": rope.type, "factor": float(factor)}
+    new: dict[str, Any] = {"rope_type": rope.type, "factor": float(factor) * (current["factor"] if again else 1.0)}
     if rope.type == "yarn":
         new["original_max_position_embeddings"] = old
     edited = {**config, "max_position_embeddings": rope.max_positions or int(old * factor)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,6 +24,8 @@ from mobazoo.checkpoint.manifest import write_manifest
 from mobazoo.checkpoint.staging import staged
 from mobazoo.config.train import TrainRecipe
 from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.nn.causal_lm import MobaForCausalLM
+from mobazoo.nn.sequence import Sequence
 from mobazoo.train.checkpoints import STATE, TRAINER, checkpoints, identity, name_of, prune
 from mobazoo.train.state import load_optimizer, load_random, optimizer_state, random_state, whole_weights, write_state
 
@@ -37,6 +41,22 @@ def require_accelerate() -> None:
     """
     if find_spec("accelerate") is None:
         raise UnsupportedError("training needs accelerate, which is not here; pip install 'mobazoo[train]'")
+
+
+def share_rows(model: MobaForCausalLM, size: int) -> None:
+    """Makes each ``size`` processes in a row share rows."""
+    if size == 1:
+        return
+    rank = distributed.get_rank()
+    for first in range(0, distributed.get_world_size(), size):
+        group = distributed.new_group(list(range(first, first + size)))  # every process must take part in each
+        if first <= rank < first + size:
+            model.model.sequence = Sequence(group, rank - first, size)
+
+
+def is_launched() -> bool:
+    """Whether this is one of several processes, started by torchrun or accelerate."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
@@ -70,17 +90,30 @@ def arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
         "dataloader_pin_memory": recipe.device != "cpu" and torch.cuda.is_available(),
         "accelerator_config": {"use_seedable_sampler": False, "even_batches": True},
     }
+    if is_launched():
+        if recipe.shard and recipe.lora is not None:
+            raise UnsupportedError("train.lora: adapters are not sharded; set shard=false, which copies the model")
+        if recipe.shard:
+            given |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["DecoderLayer"]}}
+        if recipe.device == "cpu":
+            given |= {"ddp_backend": "gloo"}
     args = TrainingArguments(**given)
     if args.n_gpu > 1:
         raise InputError(
             f"train: one process sees {args.n_gpu} GPUs; launch one for each (torchrun --nproc-per-node {args.n_gpu} "
             "-m mobazoo train ...), or choose one by CUDA_VISIBLE_DEVICES"
         )
-    share, rest = divmod(recipe.batch, args.world_size)
+    groups, odd = divmod(args.world_size, recipe.sequence)
+    if odd:
+        raise InputError(
+            f"train.sequence: {args.world_size} processes are no multiple of {recipe.sequence}; launch with torchrun, "
+            "as many as share a row or a multiple"
+        )
+    share, rest = divmod(recipe.batch, groups)
     micro = recipe.micro_batch or share
     if rest or share % max(micro, 1):
         raise InputError(
-            f"train.batch: {recipe.batch} rows do not divide over {args.world_size} processes in forwards of "
+            f"train.batch: {recipe.batch} rows do not divide over {groups} processes in forwards of "
             f"{micro or 1}; choose a multiple"
         )
     args.per_device_train_batch_size, args.gradient_accumulation_steps = micro, share // micro
@@ -112,7 +145,8 @@ class Finite(TrainerCallback):
         """
         assert model is not None
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if torch.isfinite(nn.utils.get_total_norm(gradients)):
+        norm = nn.utils.get_total_norm(gradients)
+        if torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
             return
         last = next(iter(checkpoints(self.work)), None)
         where = "there is no checkpoint before it" if last is None else f"the last good checkpoint is {last}"

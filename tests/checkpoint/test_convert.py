@@ -146,6 +146,14 @@ def test_rope_that_cannot_be_extended(single: Path, tmp_path: Path) -> None:
         run(single, tmp_path / "x", rope=RopeExtension("yarn", factor=2.0))
 
 
+def test_interpolating_twice_is_interpolating_once(single: Path, tmp_path: Path) -> None:
+    run(single, tmp_path / "two", rope=RopeExtension("linear", factor=2.0))
+    run(tmp_path / "two", tmp_path / "six", rope=RopeExtension("linear", factor=3.0))
+    run(single, tmp_path / "once", rope=RopeExtension("linear", factor=6.0))
+    for name in ("rope_parameters", "max_position_embeddings"):
+        assert config(tmp_path / "six")[name] == config(tmp_path / "once")[name]
+
+
 def test_kconv_starts_as_nothing_and_goes_while_it_is_nothing(sharded: Path, tmp_path: Path) -> None:
     rules = [*RULES, {"layers": "1:", "kconv": 3}]
     report = run(sharded, tmp_path / "zoo", attention=rules)
