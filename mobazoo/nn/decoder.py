@@ -19,7 +19,7 @@ from mobazoo.nn.kconv import KeyConv
 from mobazoo.nn.mlp import SwiGLU
 from mobazoo.nn.norm import RMSNorm
 from mobazoo.nn.rope import RotaryEmbedding
-from mobazoo.nn.sequence import Sequence
+from mobazoo.nn.sequence import RowShare
 
 ATTN_IMPLEMENTATIONS = ("moba", NAIVE)
 
@@ -133,7 +133,7 @@ class MobaModel(MobaPreTrainedModel):
         self.layers = nn.ModuleList(DecoderLayer(config, n, layer, flags) for n, layer in enumerate(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
-        self.sequence: Sequence | None = None  # set where processes share rows
+        self.sequence: RowShare | None = None  # set where processes share rows
         self.post_init()
 
     @staticmethod
@@ -159,7 +159,7 @@ class MobaModel(MobaPreTrainedModel):
         """Hidden states of a batch.
 
         Args:
-            input_ids: ``[B, T]``; whole rows also where ``sequence`` shares them, and the states are this process's part.
+            input_ids: ``[B, T]``; whole rows also where ``sequence`` shares them (the states are then a part).
             attention_mask: ``[B, past + T]``, 0 at padding (None: no padding).
             position_ids: ``[B, T]``; without a past they restart at 0 with every packed document.
             past_key_values: cache of earlier tokens, one document a row.

@@ -11,7 +11,7 @@ from transformers import Cache
 
 from mobazoo.attention import Segments
 from mobazoo.errors import InputError, UnsupportedError
-from mobazoo.nn.sequence import Sequence
+from mobazoo.nn.sequence import RowShare
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Geometry:
     decode_from: int | None
     cos: Tensor
     sin: Tensor
-    sequence: Sequence | None = None
+    sequence: RowShare | None = None
 
 
 def past_length(cache: Cache | None) -> int | Tensor:

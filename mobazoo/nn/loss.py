@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from mobazoo.nn.sequence import Sequence
+from mobazoo.nn.sequence import RowShare
 
 IGNORED = -100
 _BYTES = 256 << 20  # of float32 logits at a time
@@ -57,7 +57,7 @@ def head_loss(
     weight: Tensor,
     labels: Tensor,
     items: Tensor | int | None = None,
-    sequence: Sequence | None = None,
+    sequence: RowShare | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the next token; at most 256 MiB of logits are in memory at a time.
 

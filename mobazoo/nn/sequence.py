@@ -13,7 +13,7 @@ from mobazoo.errors import InputError
 
 
 @dataclass(frozen=True)
-class Sequence:
+class RowShare:
     """This process's part of every row.
 
     Attributes:
@@ -45,7 +45,7 @@ class Sequence:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sequence: Sequence) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sequence: RowShare) -> Tensor:
         ctx.sequence = sequence
         # Collectives concatenate along the first dimension, so the sequence goes there.
         rows = x.movedim(2, 0).contiguous()  # [T, B, H, D]
@@ -55,7 +55,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        sequence: Sequence = ctx.sequence
+        sequence: RowShare = ctx.sequence
         rows = grad.movedim(2, 0).contiguous()  # [S, B, H, D]
         own = rows.new_empty(rows.shape[0] // sequence.size, *rows.shape[1:])
         distributed.reduce_scatter_tensor(own, rows, group=sequence.group)

@@ -25,7 +25,7 @@ from mobazoo.checkpoint.staging import staged
 from mobazoo.config.train import TrainRecipe
 from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.nn.causal_lm import MobaForCausalLM
-from mobazoo.nn.sequence import Sequence
+from mobazoo.nn.sequence import RowShare
 from mobazoo.train.checkpoints import STATE, TRAINER, checkpoints, identity, name_of, prune
 from mobazoo.train.state import load_optimizer, load_random, optimizer_state, random_state, whole_weights, write_state
 
@@ -51,7 +51,7 @@ def share_rows(model: MobaForCausalLM, size: int) -> None:
     for first in range(0, distributed.get_world_size(), size):
         group = distributed.new_group(list(range(first, first + size)))  # every process must take part in each
         if first <= rank < first + size:
-            model.model.sequence = Sequence(group, rank - first, size)
+            model.model.sequence = RowShare(group, rank - first, size)
 
 
 def is_launched() -> bool:

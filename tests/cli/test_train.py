@@ -27,7 +27,7 @@ def call(*args: object) -> Result:
 def given(text: str, **values: str) -> list[str]:
     """What a recipe leaves open, said."""
     keys = [line.split(":")[0] for line in text.splitlines() if line.endswith(": ???")]
-    keys += ["data.path"] if "path: ???" in text else []
+    keys += ["data.path"] if 'path: "???"' in text else []
     return [f"{key}={({**GIVEN, **values})[key]}" for key in keys]
 
 

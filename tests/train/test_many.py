@@ -15,13 +15,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch import distributed
+from torch.distributed.tensor import DTensor
 
 import mobazoo
 from mobazoo.config.data import Data
 from mobazoo.config.models import model_entry
 from mobazoo.config.train import Lora, Stage, TrainRecipe
 from mobazoo.errors import InputError, Stopped, UnsupportedError
-from mobazoo.train import engine, train
+from mobazoo.train import engine, run, train
+from mobazoo.train.state import whole_weights
 from mobazoo.zoo import build
 
 from .test_resume import same, stop_after
@@ -67,7 +69,16 @@ def test_two_processes_are_as_one(shard: bool, recipe: Make, tmp_path: Path, mon
     fields: dict[str, Any] = {"steps": 6, "schedule": STAGES, "validation": Data("stdlib", files=["tomllib/*.py"])}
     train(recipe(**fields, dest=str(tmp_path / "one")))
     two = recipe(**fields, shard=shard, dest=str(tmp_path / "two"))
-    together(lambda: train(two))
+
+    def sharded() -> None:
+        def looking(model: torch.nn.Module) -> Any:
+            assert all(isinstance(parameter, DTensor) == shard for parameter in model.parameters())
+            return whole_weights(model)
+
+        monkeypatch.setattr(run, "whole_weights", looking)
+        train(two)
+
+    together(sharded)
     torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=2e-4, rtol=2e-4)
     ids = torch.arange(3, 60)[None]
     models = [mobazoo.load(tmp_path / name, check_sums=True) for name in ("one", "two")]
