@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,9 +23,8 @@ from mobazoo.checkpoint.manifest import write_manifest
 from mobazoo.checkpoint.staging import staged
 from mobazoo.config.train import TrainRecipe
 from mobazoo.errors import InputError, UnsupportedError
-from mobazoo.nn.causal_lm import MobaForCausalLM
-from mobazoo.nn.sequence import RowShare
 from mobazoo.train.checkpoints import STATE, TRAINER, checkpoints, identity, name_of, prune
+from mobazoo.train.parallel import is_launched
 from mobazoo.train.state import load_optimizer, load_random, optimizer_state, random_state, whole_weights, write_state
 
 Write = Callable[[Path, dict[str, Tensor]], None]
@@ -41,22 +39,6 @@ def require_accelerate() -> None:
     """
     if find_spec("accelerate") is None:
         raise UnsupportedError("training needs accelerate, which is not here; pip install 'mobazoo[train]'")
-
-
-def share_rows(model: MobaForCausalLM, size: int) -> None:
-    """Makes each ``size`` processes in a row share rows."""
-    if size == 1:
-        return
-    rank = distributed.get_rank()
-    for first in range(0, distributed.get_world_size(), size):
-        group = distributed.new_group(list(range(first, first + size)))  # every process must take part in each
-        if first <= rank < first + size:
-            model.model.sequence = RowShare(group, rank - first, size)
-
-
-def is_launched() -> bool:
-    """Whether this is one of several processes, started by torchrun or accelerate."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
@@ -93,8 +75,6 @@ def arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
     if is_launched():
         if recipe.shard and recipe.lora is not None:
             raise UnsupportedError("train.lora: adapters are not sharded; set shard=false, which copies the model")
-        if recipe.shard:
-            given |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["DecoderLayer"]}}
         if recipe.device == "cpu":
             given |= {"ddp_backend": "gloo"}
     args = TrainingArguments(**given)
@@ -169,6 +149,8 @@ class Runner(Trainer):
     def __init__(self, work: Path, write: Write, recipe: TrainRecipe, **given: Any) -> None:
         super().__init__(**given)
         self.work, self.write, self.recipe = work, write, recipe
+        if is_launched() and recipe.shard and not vars(self).get("is_distributed_loading_by_transformers"):
+            raise UnsupportedError("train.shard: this transformers would copy the model; take 5.23, or set shard=false")
         self.remove_callback(PrinterCallback)
 
     def compute_loss(
@@ -263,6 +245,8 @@ class Saver(TrainerCallback):
             distributed.all_reduce(wish, op=distributed.ReduceOp.MAX)
             stop = bool(wish.item())
         last = state.global_step == state.max_steps
+        if last:
+            control.should_log = True
         if stop and not last:
             self.stopped = control.should_training_stop = True
         if not last and (stop or (self.every and state.global_step % self.every == 0)):

@@ -32,12 +32,13 @@ from mobazoo.errors import Stopped
 from mobazoo.explain import groups
 from mobazoo.nn.causal_lm import MobaForCausalLM
 from mobazoo.train.checkpoints import STATE, check_identity, clear, newest, owned, step_of
-from mobazoo.train.engine import Finite, Runner, Saver, arguments, require_accelerate, share_rows
+from mobazoo.train.engine import Finite, Runner, Saver, arguments, require_accelerate
 from mobazoo.train.evaluate import Losses, evaluate
 from mobazoo.train.export import export, write_model
 from mobazoo.train.lora import adapted, merged, read_adapter, require_peft, write_adapter
 from mobazoo.train.metrics import Log, Metrics, require_tensorboard
 from mobazoo.train.order import Order, Shared
+from mobazoo.train.parallel import is_launched, shard, share_rows
 from mobazoo.train.schedule import Switch
 from mobazoo.train.setup import Setup, make_model, prepare
 from mobazoo.train.speed import operations_per_token, peak, share_of_keys
@@ -149,6 +150,8 @@ class _Job:
         held_out = _rows(recipe, setup, self.progress, validation=True) if recipe.validation else None
         model = make_model(setup, recipe, self.progress, None if recipe.lora else resumed)
         share_rows(model, recipe.sequence)
+        if is_launched() and recipe.shard:
+            shard(model, self.args.device)
         trained: nn.Module = model
         if recipe.lora is not None:
             torch.manual_seed(recipe.seed)

@@ -23,6 +23,7 @@ from mobazoo.config.models import model_entry
 from mobazoo.config.train import Lora, Stage, TrainRecipe
 from mobazoo.errors import InputError, Stopped, UnsupportedError
 from mobazoo.train import engine, run, train
+from mobazoo.train.parallel import share_rows
 from mobazoo.train.state import whole_weights
 from mobazoo.zoo import build
 
@@ -130,7 +131,7 @@ def test_shared_rows_give_the_same_states_and_gradients(tmp_path: Path) -> None:
 
     def work() -> None:
         distributed.init_process_group("gloo")
-        engine.share_rows(model, WORLD)
+        share_rows(model, WORLD)
         sequence = model.model.sequence
         assert sequence is not None
         loss = model(**batch, loss_only=True).loss
@@ -163,3 +164,9 @@ def test_sequence_is_checked(recipe: Make, tmp_path: Path) -> None:
         recipe(sequence=3).check()
     with pytest.raises(InputError, match=r"train.compile: does not go with sequence"):
         recipe(sequence=2, compile=True).check()
+
+
+def test_sharding_never_turns_into_copies(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "is_launched", lambda: True)
+    with pytest.raises(UnsupportedError, match=r"train.shard: this transformers would copy the model"):
+        train(recipe())
