@@ -58,7 +58,7 @@ def attend(
         >>> attend(q, k, v, pattern=MoBA(block_size=16, top_k=3)).shape
         torch.Size([1, 4, 96, 32])
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         # Autocast would round the gate's float32 scores and cast inside kernels that keep their own books.
         with torch.autocast(q.device.type, enabled=False):
             return attend(

@@ -14,6 +14,7 @@ from mobazoo.errors import InputError
 DECAYS = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,23 @@ class Stage:
 
     attention: list[dict[str, Any]] = field(default_factory=list)
     until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Low-rank adapters, which are trained instead of the weights and added to them at the end.
+
+    Attributes:
+        rank: of the adapters.
+        alpha: their scale, over the rank.
+        dropout: share of their inputs that is dropped while training.
+        targets: names of the projections that get one.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: [*TARGETS])
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +76,13 @@ class TrainRecipe:
         mixed: compute in bfloat16 over float32 weights.
         seed: of random weights and the order of the rows.
         device: ``auto`` takes a GPU if there is one.
+        shard: with several processes, split weights and optimizer over them (FSDP2); false keeps a copy in each (DDP).
+        sequence: processes that share each row, every one with a part of its queries.
+        lora: train adapters instead of the weights (None: the weights).
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         compile: compile the model (``torch.compile``).
         log_every: steps between lines of the log and of ``metrics.jsonl``.
+        tensorboard: also write TensorBoard's files, to ``<dest>.tensorboard``.
         evaluate_every: steps between measurements on ``validation``, besides one at the end (None: none).
         checkpoint_every: steps between checkpoints in ``<dest>.training`` (None: only when stopped by SIGTERM).
         keep: newest checkpoints to keep.
@@ -93,9 +115,13 @@ class TrainRecipe:
     mixed: bool = False
     seed: int = 0
     device: str = "auto"
+    shard: bool = True
+    sequence: int = 1
+    lora: Lora | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
     log_every: int = 10
+    tensorboard: bool = False
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
@@ -132,6 +158,11 @@ class TrainRecipe:
             raise InputError("train: give either steps or tokens, which says how long the run is")
         for name, least in (("length", 2), ("batch", 1), ("micro_batch", 1), ("steps", 1), ("tokens", 1)):
             self._check_least(name, least)
+        self._check_least("sequence", 1)
+        if self.sequence > 1 and self.compile:
+            raise InputError("train.compile: does not go with sequence; leave one out")
+        if self.length % self.sequence:
+            raise InputError(f"train.length: {self.length} is no multiple of sequence, {self.sequence}; choose one")
         for name in ("log_every", "evaluate_every", "checkpoint_every", "keep"):
             self._check_least(name, 1)
         self._check_schedule()
@@ -141,6 +172,10 @@ class TrainRecipe:
             )
         if self.mixed and self.dtype != "float32":
             raise InputError(f"train.mixed: works over float32 weights, and dtype is {self.dtype}; leave one out")
+        if self.validation is not None and self.validation.streaming and self.validation.max_documents is None:
+            raise InputError("train.validation.max_documents: a stream has no end; say how many to measure on")
+        if self.lora is not None and (self.lora.rank < 1 or not 0 <= self.lora.dropout < 1 or not self.lora.targets):
+            raise InputError("train.lora: want rank >= 1, dropout from 0 up to 1 and at least one target")
         if self.evaluate_every is not None and self.validation is None:
             raise InputError("train.evaluate_every: there is no validation to measure on; give train.validation")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,10 +60,15 @@ class Rows(Dataset[Row]):
             _joined(self.tokens.ids, pieces), _joined(self.tokens.learn, pieces), tuple(size for _, size in pieces)
         )
 
+    @cached_property
+    def sizes(self) -> dict[int, int]:
+        """How many documents of each length there are in the rows."""
+        return dict(Counter(size for row in self.plan for _, size in row))
+
     @property
     def used(self) -> int:
         """Tokens in all rows, padding not counted."""
-        return sum(size for row in self.plan for _, size in row)
+        return sum(size * times for size, times in self.sizes.items())
 
 
 def _joined(flat: Tensor, pieces: Sequence[tuple[int, int]]) -> Tensor:

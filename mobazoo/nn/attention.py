@@ -58,9 +58,14 @@ class Attention(nn.Module):
         """``[B, T, hidden]`` to ``q [B, Hq, T, D]`` and ``k, v [B, Hkv, T, D]`` as ``attend`` gets them, rotated."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, D]
+        own = slice(None)
+        if geometry.sequence is not None:
+            k, v = geometry.sequence.gather(k), geometry.sequence.gather(v)  # [B, Hkv, S, D]
+            own = geometry.sequence.part(k.shape[2])
         if self.k_conv is not None:
             k = self.k_conv(k, geometry.segments.pos)
-        q, k = rotate(q, geometry.cos, geometry.sin), rotate(k, geometry.cos, geometry.sin)
+        q = rotate(q, geometry.cos[:, :, own], geometry.sin[:, :, own])
+        k = rotate(k, geometry.cos, geometry.sin)
         return q.to(v.dtype), k.to(v.dtype), v  # autocast leaves norms and rotation in float32
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:

@@ -55,7 +55,8 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
             labels: ``[B, T]``; in packed rows the first token of each document should be -100.
             logits_to_keep: last positions to compute logits of (0: all), or their indices.
             num_items_in_batch: divide the summed loss by this instead of by the labels of this batch.
-            loss_only: return the loss without logits, which are never whole in memory.
+            loss_only: return the loss without logits, which are never whole in memory. Where processes share rows, its
+                mean over them is the rows' loss.
         """
         outputs = self.model(
             input_ids,
@@ -71,8 +72,12 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
             max_len=max_len,
             decode_from=decode_from,
         )
+        if self.model.sequence is not None and labels is not None and not loss_only:
+            raise UnsupportedError("rows that several processes share: pass loss_only=True, or no labels")
         if loss_only and labels is not None:
-            alone = head_loss(outputs.last_hidden_state, self.lm_head.weight, labels, num_items_in_batch)
+            alone = head_loss(
+                outputs.last_hidden_state, self.lm_head.weight, labels, num_items_in_batch, self.model.sequence
+            )
             result = CausalLMOutputWithPast(
                 loss=alone, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
             )

@@ -19,6 +19,7 @@ from mobazoo.nn.kconv import KeyConv
 from mobazoo.nn.mlp import SwiGLU
 from mobazoo.nn.norm import RMSNorm
 from mobazoo.nn.rope import RotaryEmbedding
+from mobazoo.nn.sequence import RowShare
 
 ATTN_IMPLEMENTATIONS = ("moba", NAIVE)
 
@@ -133,6 +134,7 @@ class MobaModel(MobaPreTrainedModel):
         self.layers = nn.ModuleList(DecoderLayer(config, n, layer, flags) for n, layer in enumerate(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
+        self.sequence: RowShare | None = None  # set where processes share rows
         self.post_init()
 
     @staticmethod
@@ -158,7 +160,7 @@ class MobaModel(MobaPreTrainedModel):
         """Hidden states of a batch.
 
         Args:
-            input_ids: ``[B, T]``.
+            input_ids: ``[B, T]``; whole rows also where ``sequence`` shares them (the states are then a part).
             attention_mask: ``[B, past + T]``, 0 at padding (None: no padding).
             position_ids: ``[B, T]``; without a past they restart at 0 with every packed document.
             past_key_values: cache of earlier tokens, one document a row.
@@ -178,19 +180,27 @@ class MobaModel(MobaPreTrainedModel):
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise UnsupportedError("output_attentions: block attention never builds the matrix; plot Routes instead")
-        if (input_ids is None) == (inputs_embeds is None):
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
             raise InputError("forward: pass either input_ids or inputs_embeds")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = past_length(past_key_values)
-        shape = (hidden.shape[0], hidden.shape[1])
+        shape = (given.shape[0], given.shape[1])
+        own = slice(None)
+        if self.sequence is not None:
+            if use_cache or past_key_values is not None:
+                raise UnsupportedError("a cache of rows that several processes share; pass use_cache=False")
+            use_cache, own = False, self.sequence.part(shape[1])
+        hidden = self.embed_tokens(given[:, own]) if inputs_embeds is None else given[:, own]
         segments, packed = documents(
-            shape, hidden.device, attention_mask, position_ids, past_key_values, past, max_docs, max_len
+            shape, given.device, attention_mask, position_ids, past_key_values, past, max_docs, max_len
         )
         if self._wants_cache(use_cache, past_key_values, packed) and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = (arange(shape[1], device=hidden.device) + past)[None]
-        geometry = Geometry(segments, past, decode_from, *self.rotary_emb(position_ids, hidden.dtype))
+        first = past if self.sequence is None else own.start
+        cos, sin = self.rotary_emb(position_ids, hidden.dtype)
+        geometry = Geometry(segments, first, decode_from, cos, sin, self.sequence)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [hidden] if wanted else None
         for layer in self.layers:

@@ -11,6 +11,7 @@ from transformers import Cache
 
 from mobazoo.attention import Segments
 from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.nn.sequence import RowShare
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Geometry:
         segments: documents of the ``S`` slots that keys occupy.
         q_start: slot of the first token, an int or a 0-dim tensor.
         decode_from: slot of the first token after the prompt (None: everything is prompt).
-        cos: ``[B, 1, T, D]``.
-        sin: ``[B, 1, T, D]``.
+        cos: ``[B, 1, T, D]``, of the whole row where rows are shared.
+        sin: as ``cos``.
+        sequence: this process's part of the row (None: all of it).
     """
 
     segments: Segments
@@ -30,6 +32,7 @@ class Geometry:
     decode_from: int | None
     cos: Tensor
     sin: Tensor
+    sequence: RowShare | None = None
 
 
 def past_length(cache: Cache | None) -> int | Tensor:

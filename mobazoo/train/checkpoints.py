@@ -36,6 +36,8 @@ _FREE = {
     "micro_batch",
     "gradient_checkpointing",
     "compile",
+    "shard",
+    "tensorboard",
 }
 
 
@@ -115,8 +117,8 @@ def check_identity(folder: Path, recipe: TrainRecipe) -> None:
     if differ:
         said = ", ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differ[:3])
         raise InputError(
-            f"{folder}: is of another recipe ({said}); begin anew with resume=false, which removes it, or take its "
-            f"weights alone with model={folder} and another dest"
+            f"{folder}: is of another recipe ({said}); begin anew with resume=false, which removes it, or, if it is a "
+            f"model, take its weights alone with model={folder} and another dest"
         )
 
 

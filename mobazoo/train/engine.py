@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,6 +24,7 @@ from mobazoo.checkpoint.staging import staged
 from mobazoo.config.train import TrainRecipe
 from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.train.checkpoints import STATE, TRAINER, checkpoints, identity, name_of, prune
+from mobazoo.train.parallel import is_launched
 from mobazoo.train.state import load_optimizer, load_random, optimizer_state, random_state, whole_weights, write_state
 
 Write = Callable[[Path, dict[str, Tensor]], None]
@@ -70,17 +72,28 @@ def arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
         "dataloader_pin_memory": recipe.device != "cpu" and torch.cuda.is_available(),
         "accelerator_config": {"use_seedable_sampler": False, "even_batches": True},
     }
+    if is_launched():
+        if recipe.shard and recipe.lora is not None:
+            raise UnsupportedError("train.lora: adapters are not sharded; set shard=false, which copies the model")
+        if recipe.device == "cpu":
+            given |= {"ddp_backend": "gloo"}
     args = TrainingArguments(**given)
     if args.n_gpu > 1:
         raise InputError(
             f"train: one process sees {args.n_gpu} GPUs; launch one for each (torchrun --nproc-per-node {args.n_gpu} "
             "-m mobazoo train ...), or choose one by CUDA_VISIBLE_DEVICES"
         )
-    share, rest = divmod(recipe.batch, args.world_size)
+    groups, odd = divmod(args.world_size, recipe.sequence)
+    if odd:
+        raise InputError(
+            f"train.sequence: {args.world_size} processes are no multiple of {recipe.sequence}; launch with torchrun, "
+            "as many as share a row or a multiple"
+        )
+    share, rest = divmod(recipe.batch, groups)
     micro = recipe.micro_batch or share
     if rest or share % max(micro, 1):
         raise InputError(
-            f"train.batch: {recipe.batch} rows do not divide over {args.world_size} processes in forwards of "
+            f"train.batch: {recipe.batch} rows do not divide over {groups} processes in forwards of "
             f"{micro or 1}; choose a multiple"
         )
     args.per_device_train_batch_size, args.gradient_accumulation_steps = micro, share // micro
@@ -112,7 +125,8 @@ class Finite(TrainerCallback):
         """
         assert model is not None
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if torch.isfinite(nn.utils.get_total_norm(gradients)):
+        norm = nn.utils.get_total_norm(gradients)
+        if torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
             return
         last = next(iter(checkpoints(self.work)), None)
         where = "there is no checkpoint before it" if last is None else f"the last good checkpoint is {last}"
@@ -135,6 +149,8 @@ class Runner(Trainer):
     def __init__(self, work: Path, write: Write, recipe: TrainRecipe, **given: Any) -> None:
         super().__init__(**given)
         self.work, self.write, self.recipe = work, write, recipe
+        if is_launched() and recipe.shard and not vars(self).get("is_distributed_loading_by_transformers"):
+            raise UnsupportedError("train.shard: this transformers would copy the model; take 5.23, or set shard=false")
         self.remove_callback(PrinterCallback)
 
     def compute_loss(
@@ -229,6 +245,8 @@ class Saver(TrainerCallback):
             distributed.all_reduce(wish, op=distributed.ReduceOp.MAX)
             stop = bool(wish.item())
         last = state.global_step == state.max_steps
+        if last:
+            control.should_log = True
         if stop and not last:
             self.stopped = control.should_training_stop = True
         if not last and (stop or (self.every and state.global_step % self.every == 0)):

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor, distributed
+from torch.nn.functional import cross_entropy, pad
 
 from mobazoo.data.collate import IGNORED, Collator
 from mobazoo.data.rows import Rows
+from mobazoo.nn.causal_lm import MobaForCausalLM
 
 Progress = Callable[[str, int, int], None]
 
@@ -35,7 +36,7 @@ class Losses:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: MobaForCausalLM,
     rows: Rows,
     batch: int,
     device: torch.device,
@@ -54,7 +55,9 @@ def evaluate(
         rank: number of this process.
         world: processes, which share the rows and all get the result.
     """
-    training = model.training
+    training, sequence = model.training, model.model.sequence
+    if sequence is not None:  # processes that share rows measure the same ones
+        rank, world = rank // sequence.size, world // sequence.size
     model.eval()
     collate = Collator(rows.length)
     total = torch.zeros(rows.length, dtype=torch.float64)
@@ -67,17 +70,17 @@ def evaluate(
         labels: Tensor = given.pop("labels")
         positions: Tensor = given.get("position_ids", torch.arange(rows.length, device=device).expand_as(labels))
         logits = model(**given, use_cache=False).logits
-        losses = cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        kept = (labels[:, 1:].flatten() != IGNORED) & bool(own)
-        at = positions[:, 1:].flatten()[kept].cpu()
+        part = slice(None) if sequence is None else sequence.part(rows.length)
+        after = pad(labels[:, 1:], (0, 1), value=IGNORED)[:, part].flatten()
+        losses = cross_entropy(logits.flatten(0, 1).float(), after, ignore_index=IGNORED, reduction="none")
+        kept = (after != IGNORED) & bool(own)
+        at = pad(positions[:, 1:], (0, 1))[:, part].flatten()[kept].cpu()
         total.index_add_(0, at, losses[kept].double().cpu())
         count.index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
         if progress is not None:
             progress("evaluate", min(start + batch * world, len(rows)), len(rows))
     model.train(training)
-    if world > 1:
+    if world > 1 or sequence is not None:
         sums = torch.stack([total, count]).to(device)
         distributed.all_reduce(sums)
         total, count = sums.cpu()

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mobazoo.attention.pattern import Full
-from mobazoo.config.rules import LayerAttention
 from mobazoo.config.train import TrainRecipe
-from mobazoo.data.rows import Rows
-from mobazoo.explain import keys_read
+from mobazoo.errors import UnsupportedError
 
 Log = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
-
-
-def share_of_keys(layers: Sequence[LayerAttention], rows: Rows) -> float:
-    """Share of the keys full attention would read that these layers read in a pass over ``rows``, mean over layers."""
-    sizes: dict[int, int] = {}
-    for row in rows.plan:
-        for _, size in row:
-            sizes[size] = sizes.get(size, 0) + 1
-    full = sum(keys_read(Full(), size) * times for size, times in sizes.items())
-    patterns = [layer.pattern for layer in layers]
-    read = {p: sum(keys_read(p, size) * times for size, times in sizes.items()) for p in set(patterns)}
-    return sum(read[pattern] for pattern in patterns) / (len(patterns) * full)
 
 
 class Metrics(TrainerCallback):
@@ -39,6 +26,7 @@ class Metrics(TrainerCallback):
         recipe: of the run.
         file: to write to.
         share: gives the share of keys read now.
+        mfu: gives the share of the device's peak that so many tokens per second use (None: not known).
         progress: told ``("train", steps done, steps)``.
         log: told each line for people.
     """
@@ -48,13 +36,14 @@ class Metrics(TrainerCallback):
         recipe: TrainRecipe,
         file: Path,
         share: Callable[[], float],
+        mfu: Callable[[float], float | None],
         progress: Progress | None,
         log: Log | None,
     ) -> None:
-        self.recipe, self.file, self.share = recipe, file, share
+        self.recipe, self.file, self.share, self.mfu = recipe, file, share, mfu
         self.progress, self.log = progress, log
         self.since, self.step = time.perf_counter(), 0
-        self.loss = float("nan")
+        self.board = _board(file.parent.with_suffix(".tensorboard")) if recipe.tensorboard else None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the clock."""
@@ -74,10 +63,7 @@ class Metrics(TrainerCallback):
         **_: Any,
     ) -> None:
         """Writes a line, where transformers logs a loss."""
-        if logs is None or "loss" not in logs:
-            return
-        self.loss = logs["loss"]
-        if not state.is_world_process_zero:
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
             return
         now, per_step = time.perf_counter(), self.recipe.batch * self.recipe.length
         rate = (state.global_step - self.step) * per_step / max(now - self.since, 1e-9)
@@ -91,7 +77,14 @@ class Metrics(TrainerCallback):
             "tokens_per_second": round(rate, 1),
             "keys_read": round(self.share(), 6),
         }
+        used = self.mfu(rate)
+        if used is not None:
+            said["mfu"] = round(used, 4)
         self.write(said)
+        if self.board is not None:
+            for name, value in said.items():
+                if value is not None:
+                    self.board.add_scalar(f"train/{name}", value, state.global_step)
         if self.log is not None:
             self.log(
                 f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}, "
@@ -114,7 +107,25 @@ class Metrics(TrainerCallback):
         """Adds a line to the file."""
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(said) + "\n")
+        if self.board is not None and "validation" in said:
+            for name in ("loss", "trailing"):
+                if said["validation"][name] is not None:
+                    self.board.add_scalar(f"validation/{name}", said["validation"][name], said["step"])
 
     def pause(self, seconds: float) -> None:
         """Leaves time that was not spent on training out of the rate."""
         self.since += seconds
+
+
+def require_tensorboard() -> None:
+    """Refuses to begin without tensorboard.
+
+    Raises:
+        UnsupportedError: naming the package.
+    """
+    if find_spec("tensorboard") is None:
+        raise UnsupportedError("train.tensorboard: needs tensorboard, which is not here; pip install tensorboard")
+
+
+def _board(folder: Path) -> Any:
+    return import_module("torch.utils.tensorboard").SummaryWriter(str(folder))

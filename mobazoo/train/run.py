@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -12,7 +12,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from torch import distributed
+import torch
+from torch import distributed, nn
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mobazoo._version import __version__
@@ -23,7 +25,8 @@ from mobazoo.config.rules import LayerAttention
 from mobazoo.config.train import TrainRecipe
 from mobazoo.data.collate import Collator
 from mobazoo.data.documents import read_documents
-from mobazoo.data.rows import Rows
+from mobazoo.data.rows import Row, Rows
+from mobazoo.data.stream import Stream
 from mobazoo.data.tokens import tokenize
 from mobazoo.errors import Stopped
 from mobazoo.explain import groups
@@ -32,10 +35,13 @@ from mobazoo.train.checkpoints import STATE, check_identity, clear, newest, owne
 from mobazoo.train.engine import Finite, Runner, Saver, arguments, require_accelerate
 from mobazoo.train.evaluate import Losses, evaluate
 from mobazoo.train.export import export, write_model
-from mobazoo.train.metrics import Log, Metrics, share_of_keys
-from mobazoo.train.order import Order
+from mobazoo.train.lora import adapted, merged, read_adapter, require_peft, write_adapter
+from mobazoo.train.metrics import Log, Metrics, require_tensorboard
+from mobazoo.train.order import Order, Shared
+from mobazoo.train.parallel import is_launched, shard, share_rows
 from mobazoo.train.schedule import Switch
 from mobazoo.train.setup import Setup, make_model, prepare
+from mobazoo.train.speed import operations_per_token, peak, share_of_keys
 from mobazoo.train.state import whole_weights
 
 Progress = Callable[[str, int, int], None]
@@ -68,8 +74,6 @@ class TrainReport:
         dest: the folder that is now there.
         steps: of the optimizer.
         tokens: in all steps, padding included.
-        rows: rows the data makes; more steps than that see them again.
-        padding: share of slots that are padding.
         loss: mean training loss since the last line of the log.
         validation: at the end, if there is validation data.
         seconds: time taken.
@@ -78,8 +82,6 @@ class TrainReport:
     dest: Path
     steps: int
     tokens: int
-    rows: int
-    padding: float
     loss: float
     validation: Losses | None
     seconds: float
@@ -91,7 +93,7 @@ def plan_train(recipe: TrainRecipe) -> TrainPlan:
     Raises:
         InputError, UnsupportedError: as ``train``.
     """
-    require_accelerate()
+    _require(recipe)
     setup = prepare(recipe)
     free_place(recipe.dest, recipe.overwrite)
     return _plan(recipe, setup)
@@ -110,7 +112,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None, log: Log | None
         UnsupportedError: a model the zoo does not have, or a library that is not here.
     """
     started = monotonic()
-    require_accelerate()
+    _require(recipe)
     setup = prepare(recipe)
     dest = free_place(recipe.dest, recipe.overwrite)
     work = dest.with_name(f"{dest.name}.training")
@@ -144,19 +146,24 @@ class _Job:
         """Trains and exports."""
         recipe, setup = self.recipe, self.setup
         resumed = agreed(self._resumed() if self.args.process_index == 0 else None)
-        rows = _rows(recipe, setup, self.progress)
+        order = self._order()
         held_out = _rows(recipe, setup, self.progress, validation=True) if recipe.validation else None
-        passes = self.plan.rows / len(rows)
-        self.log(
-            f"{self.plan.parameters:,} parameters; {len(rows):,} rows of {rows.length}, {passes:.2f} passes over them"
-        )
-        model = make_model(setup, recipe, self.progress, resumed)
+        model = make_model(setup, recipe, self.progress, None if recipe.lora else resumed)
+        share_rows(model, recipe.sequence)
+        if is_launched() and recipe.shard:
+            shard(model, self.args.device)
+        trained: nn.Module = model
+        if recipe.lora is not None:
+            torch.manual_seed(recipe.seed)
+            trained = adapted(model, recipe.lora)
+            if resumed is not None:
+                read_adapter(resumed, trained)
         switch = Switch(setup.schedule, model, self._say_stage)
-        shares: dict[tuple[LayerAttention, ...], float] = {}
         metrics = Metrics(
             recipe,
             self.work / METRICS,
-            lambda: shares.setdefault(switch.layers, share_of_keys(switch.layers, rows)),
+            lambda: share_of_keys(switch.layers, order.sizes),
+            lambda rate: self._mfu(rate, switch.layers, order.sizes),
             self.progress,
             self.log,
         )
@@ -167,12 +174,14 @@ class _Job:
         origin = provenance(recipe, setup)
         trainer = Runner(
             self.work,
-            lambda folder, weights: write_model(model, setup.tokenizer, folder, origin, weights),
+            write_adapter
+            if recipe.lora
+            else lambda folder, weights: write_model(model, setup.tokenizer, folder, origin, weights),
             recipe,
-            model=model,
+            model=trained,
             args=self.args,
             data_collator=Collator(recipe.length, fixed=recipe.compile),
-            train_dataset=Order(rows, self.plan.rows, recipe.seed),
+            train_dataset=self._dealt(order),
             callbacks=[Finite(self.work), switch, metrics, watch, saver],
         )
         with saver.listening():
@@ -184,7 +193,9 @@ class _Job:
             )
         if held_out is not None and watch.last is None:  # killed between the last step and here
             watch.measure(self.args, trainer.state.global_step)
-        weights = whole_weights(model)
+        weights = None if recipe.lora else whole_weights(model)
+        if recipe.lora is not None:
+            model = merged(trained)
         if self.args.process_index == 0:
             plain = setup.family if recipe.to == "hf" else None
             export(
@@ -199,8 +210,35 @@ class _Job:
             )
         trainer.accelerator.wait_for_everyone()
         logged = [said["loss"] for said in trainer.state.log_history if "loss" in said]
+        return TrainReport(dest, self.plan.steps, self.plan.tokens, logged[-1], watch.last, 0.0)
+
+    def _order(self) -> Order | Stream:
+        recipe, setup = self.recipe, self.setup
+        if recipe.data.streaming:
+            self.log(f"{self.plan.parameters:,} parameters; rows of {recipe.length} while the data are read")
+            return Stream(
+                lambda: read_documents(recipe.data), setup.tokenizer, recipe.length, self.plan.rows, recipe.seed
+            )
+        rows = _rows(recipe, setup, self.progress)
         padding = 1 - rows.used / (len(rows) * rows.length)
-        return TrainReport(dest, self.plan.steps, self.plan.tokens, len(rows), padding, logged[-1], watch.last, 0.0)
+        self.log(
+            f"{self.plan.parameters:,} parameters; {len(rows):,} rows of {rows.length} ({padding:.1%} padding), "
+            f"{self.plan.rows / len(rows):.2f} passes over them"
+        )
+        return Order(rows, self.plan.rows, recipe.seed)
+
+    def _dealt(self, order: Order | Stream) -> Dataset[Row]:
+        if self.recipe.sequence == 1:
+            return order
+        micro = self.args.per_device_train_batch_size
+        return Shared(order, self.plan.rows, micro, self.args.world_size, self.recipe.sequence)
+
+    def _mfu(self, rate: float, layers: Sequence[LayerAttention], sizes: Mapping[int, int]) -> float | None:
+        most = peak(self.args.device)
+        if most is None:
+            return None
+        cost = operations_per_token(self.setup.config, self.plan.parameters, layers, sizes)
+        return rate * cost / (most * self.args.world_size)
 
     def _resumed(self) -> Path | None:
         """The checkpoint to go on from; what is to be skipped is logged."""
@@ -291,6 +329,14 @@ def provenance(recipe: TrainRecipe, setup: Setup) -> dict[str, Any]:
         "versions": {"mobazoo": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         "recipe": {**asked, "model": Path(recipe.model).name},
     }
+
+
+def _require(recipe: TrainRecipe) -> None:
+    require_accelerate()
+    if recipe.lora is not None:
+        require_peft()
+    if recipe.tensorboard:
+        require_tensorboard()
 
 
 def _plan(recipe: TrainRecipe, setup: Setup) -> TrainPlan:

@@ -93,6 +93,7 @@ def make_model(
     dtype: torch.dtype = getattr(torch, recipe.dtype)
     if resumed is not None:
         model = load(resumed, dtype=dtype, device="cpu", progress=progress)
+        model.config.moba = dict(setup.config.moba)  # its provenance is of this very run
     elif setup.random:
         torch.manual_seed(recipe.seed)
         setup.config.dtype = dtype

@@ -22,10 +22,10 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
     want = cross_entropy(linear(hidden[:, :-1], weight).flatten(0, 1), labels[:, 1:].flatten(), reduction=kind)
     want = want / (items or 1)
     got = loss.head_loss(hidden, weight, labels, items)
-    torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
     pairs = [torch.autograd.grad(3 * value, (hidden, weight)) for value in (got, want)]
     for one, two in zip(*pairs, strict=True):
-        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
 
 
 def test_bfloat16_is_no_worse_than_cross_entropy() -> None:

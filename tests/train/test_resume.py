@@ -77,6 +77,8 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
     said: list[str] = []
     train(made, log=said.append)
     assert any("resuming from" in line and "after step 9 of 12" in line for line in said)
+    configs = [json.loads((tmp_path / name / "config.json").read_text())["moba"] for name in ("out", "whole")]
+    assert configs[0] == configs[1]
     assert same(tmp_path / "out", tmp_path / "whole")
     assert not (tmp_path / "out.training").exists()
     whole = metrics(tmp_path / "whole")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -28,6 +29,8 @@ def main(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = 
 
     Documents are packed into rows and never see each other. On several GPUs: torchrun -m mobazoo train ...
     """
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     work(sys.modules[__name__], recipe, overrides, dry_run)
 
 

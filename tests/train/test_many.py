@@ -1,0 +1,172 @@
+"""Two processes over gloo: the same losses as one, resume bit for bit, a checkpoint that loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from torch import distributed
+from torch.distributed.tensor import DTensor
+
+import mobazoo
+from mobazoo.config.data import Data
+from mobazoo.config.models import model_entry
+from mobazoo.config.train import Lora, Stage, TrainRecipe
+from mobazoo.errors import InputError, Stopped, UnsupportedError
+from mobazoo.train import engine, run, train
+from mobazoo.train.parallel import share_rows
+from mobazoo.train.state import whole_weights
+from mobazoo.zoo import build
+
+from .test_resume import same, stop_after
+
+Make = Callable[..., TrainRecipe]
+WORLD = 2
+STAGES = [Stage([{"pattern": "moba", "block_size": 8, "top_k": 2}], 0.5), Stage([{"pattern": "full"}])]
+
+
+def together(work: Callable[[], object]) -> None:
+    """Runs it in two processes that know each other, forked from this one."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    children = []
+    for rank in range(WORLD):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TOKENIZERS_PARALLELISM": "false"}
+                AcceleratorState._reset_state(True)
+                PartialState._reset_state()
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * WORLD
+
+
+def losses(dest: Path) -> torch.Tensor:
+    lines = [json.loads(line) for line in (dest / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([line.get("loss", line.get("validation", {}).get("loss")) for line in lines])
+
+
+@pytest.mark.parametrize("shard", [True, False])
+def test_two_processes_are_as_one(shard: bool, recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: dict[str, Any] = {"steps": 6, "schedule": STAGES, "validation": Data("stdlib", files=["tomllib/*.py"])}
+    train(recipe(**fields, dest=str(tmp_path / "one")))
+    two = recipe(**fields, shard=shard, dest=str(tmp_path / "two"))
+
+    def sharded() -> None:
+        def looking(model: torch.nn.Module) -> Any:
+            assert all(isinstance(parameter, DTensor) == shard for parameter in model.parameters())
+            return whole_weights(model)
+
+        monkeypatch.setattr(run, "whole_weights", looking)
+        train(two)
+
+    together(sharded)
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=2e-4, rtol=2e-4)
+    ids = torch.arange(3, 60)[None]
+    models = [mobazoo.load(tmp_path / name, check_sums=True) for name in ("one", "two")]
+    assert (models[0](ids).logits - models[1](ids).logits).abs().max() < 1e-2
+
+    def interrupted() -> None:
+        stop_after(4, monkeypatch)
+        with pytest.raises(Stopped):
+            train(three)
+
+    three = recipe(**fields, shard=shard, dest=str(tmp_path / "three"))
+    together(interrupted)
+    assert [path.name for path in (tmp_path / "three.training").glob("step-*")] == ["step-00000004"]
+    together(lambda: train(three))
+    assert same(tmp_path / "three", tmp_path / "two")
+
+
+def test_adapters_are_not_sharded(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedError, match=r"train.lora: adapters are not sharded; set shard=false"):
+        engine.arguments(recipe(lora=Lora()), tmp_path)
+
+
+@pytest.mark.parametrize("shard", [True, False])
+def test_processes_that_share_rows_are_as_one(shard: bool, recipe: Make, tmp_path: Path) -> None:
+    held_out = Data("stdlib", files=["tomllib/*.py"])
+    kconv = [{"layers": ":", "pattern": "moba", "block_size": 8, "top_k": 3, "kconv": 3}]
+    fields: dict[str, Any] = {"steps": 5, "attention": kconv, "validation": held_out, "micro_batch": 2}
+    train(recipe(**fields, dest=str(tmp_path / "one")))
+    two = recipe(**fields, shard=shard, sequence=2, dest=str(tmp_path / "two"))
+    together(lambda: train(two))
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=2e-4, rtol=2e-4)
+    ids = torch.arange(3, 60)[None]
+    models = [mobazoo.load(tmp_path / name) for name in ("one", "two")]
+    outputs = [model(ids, use_cache=False).logits for model in models]
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-2
+
+
+def test_shared_rows_give_the_same_states_and_gradients(tmp_path: Path) -> None:
+    model = build(model_entry("llama-tiny", ["config.hidden_size=32", "config.vocab_size=97"]), "cpu").double()
+    model.set_attention([{"pattern": "moba", "block_size": 4, "top_k": 3}])
+    ids = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "position_ids": torch.tensor([*range(15), *range(9)]).expand(2, 24), "labels": ids}
+    whole = model(**batch, loss_only=True)
+    whole.loss.backward()
+    states = model.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+    want = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+
+    def work() -> None:
+        distributed.init_process_group("gloo")
+        share_rows(model, WORLD)
+        sequence = model.model.sequence
+        assert sequence is not None
+        loss = model(**batch, loss_only=True).loss
+        loss.backward()
+        mean = loss.detach().clone()
+        distributed.all_reduce(mean)
+        torch.testing.assert_close(mean / WORLD, whole.loss.detach())
+        part = sequence.part(24)
+        got = model.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+        torch.testing.assert_close(got, states[:, part], atol=1e-12, rtol=1e-12)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            distributed.all_reduce(parameter.grad)
+            torch.testing.assert_close(parameter.grad / WORLD, want[name], atol=1e-12, rtol=1e-10)
+        with pytest.raises(InputError, match="sequence: rows of 23 tokens do not divide over 2 processes"):
+            model(ids[:, :23])
+        with pytest.raises(UnsupportedError, match="rows that several processes share: pass loss_only=True"):
+            model(ids, labels=ids)
+        with pytest.raises(UnsupportedError, match="a cache of rows that several processes share"):
+            model(ids, use_cache=True)
+        distributed.destroy_process_group()
+
+    together(work)
+
+
+def test_sequence_is_checked(recipe: Make, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train.sequence: 1 processes are no multiple of 2; launch with torchrun"):
+        engine.arguments(recipe(sequence=2), tmp_path)
+    with pytest.raises(InputError, match=r"train.length: 64 is no multiple of sequence, 3"):
+        recipe(sequence=3).check()
+    with pytest.raises(InputError, match=r"train.compile: does not go with sequence"):
+        recipe(sequence=2, compile=True).check()
+
+
+def test_sharding_never_turns_into_copies(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "is_launched", lambda: True)
+    with pytest.raises(UnsupportedError, match=r"train.shard: this transformers would copy the model"):
+        train(recipe())
