@@ -50,7 +50,7 @@ def test_a_run_learns_and_leaves_a_checkpoint(recipe: Make, tmp_path: Path) -> N
     check_manifest(tmp_path / "out")
     model = mobazoo.load(tmp_path / "out", check_sums=True)
     assert model.config.use_cache
-    assert {layer.pattern.block_size for layer in model.config.attention_layers()} == {8}  # after the zoo file's own rules
+    assert {layer.pattern.block_size for layer in model.config.attention_layers()} == {8}  # the zoo file says 64
     assert model.config.moba["provenance"]["trained_from"] == "random weights"
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 1
 
