@@ -56,7 +56,7 @@ def test_command_writes_json_and_markdown(tmp_path: Path) -> None:
 def test_unknown_suite_is_one_line() -> None:
     done = CliRunner().invoke(bench.app, ["--suite", "gpu"])
     assert done.exit_code == 2
-    assert "unknown suite 'gpu'; known: cpu" in done.output
+    assert "unknown suite 'gpu'; known: cpu, decode" in done.output
 
 
 def test_the_suite_holds_the_bounds() -> None:

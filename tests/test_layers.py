@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mobazoo.checkpoint",),
     ("mobazoo.data", "mobazoo.metrics"),
     ("mobazoo.train", "mobazoo.eval", "mobazoo.generate", "mobazoo.bench", "mobazoo.explain"),
+    ("mobazoo.bench_decode",),
     ("mobazoo.zoo",),
     ("mobazoo.cli", "mobazoo.__main__"),
 )

@@ -112,7 +112,8 @@ def _continued(
 def _check_mask(mask: Tensor, batch: int, length: int, past: int | Tensor, slots: int) -> None:
     want = slots if isinstance(past, Tensor) else past + length
     good = mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] <= slots
-    if not good or (mask.shape[1] not in (want, slots) and not isinstance(past, Tensor)):
+    fits = good and (isinstance(past, Tensor) or mask.shape[1] == want or mask.shape[1] == slots)
+    if not fits:
         raise InputError(
             f"attention_mask: want [B, past + T] = [{batch}, {want}] with 0 at padding, got {list(mask.shape)}; "
             "zoo models build their own causal mask"

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mobazoo.cli.output import note
+from mobazoo.cli.output import note, size
 from mobazoo.cli.work import DryRun, Overrides, show_plan
 from mobazoo.config.generate import GenerateRecipe
 from mobazoo.config.recipe import parse_recipe
+from mobazoo.config.rules import DECODES
 from mobazoo.config.shipped import RECIPES, Source, find, shipped
 from mobazoo.errors import InputError
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 PLACE = ("2 Work", 3)
 EXAMPLES = """Example: mobazoo generate ./Llama-3.1-8B-moba --prompt 'Once upon a time' max_new_tokens=100
 
-Example: cat book.txt question.txt | mobazoo generate ./Qwen3-8B-moba temperature=0 attention='[{decode: moba}]'"""
+Example: cat book.txt question.txt | mobazoo generate ./Qwen3-8B-moba temperature=0 decode=moba prefill_chunk=8192"""
 
 
 def main(
@@ -45,12 +46,36 @@ def main(
     loaded, tokenizer = _load(recipe)
     report: Report = import_module("mobazoo.generate").generate(loaded, tokenizer, text, recipe, _write)
     print(flush=True)
-    rate = report.new_tokens / report.seconds
-    note(f"{report.prompt_tokens} tokens read, {report.new_tokens} written in {report.seconds:.1f} s ({rate:.1f}/s)")
+    for line in summary(report):
+        note(line)
+
+
+def summary(report: Report) -> list[str]:
+    """What is said at the end."""
+    decode = report.decode_rate
+    return [
+        f"{report.prompt_tokens} tokens read in {report.prefill_seconds:.2f} s ({report.prefill_rate:.1f}/s), "
+        f"{report.new_tokens} written" + (f" ({decode:.1f}/s)" if decode is not None else ""),
+        f"{report.keys_per_token:.0f} keys read per token and head, mean over layers; "
+        f"peak memory {size(report.peak_bytes)}",
+    ]
 
 
 def resolve(model: str, overrides: Sequence[str]) -> GenerateRecipe:
-    """A recipe by path or name, or one that says no more than the model."""
+    """A recipe by path or name, or one that says no more than the model.
+
+    Raises:
+        InputError: settings that no run could use.
+    """
+    recipe = _parse(model, overrides)
+    if recipe.prefill_chunk is not None and recipe.prefill_chunk < 1:
+        raise InputError(f"prefill_chunk: want at least 1 token, got {recipe.prefill_chunk}")
+    if recipe.decode not in (None, *DECODES):
+        raise InputError(f"decode: want {' or '.join(DECODES)}, got {recipe.decode!r}")
+    return recipe
+
+
+def _parse(model: str, overrides: Sequence[str]) -> GenerateRecipe:
     is_recipe = Path(model).is_file() or model.endswith(".yaml") or f"generate/{model}" in shipped(RECIPES)
     if is_recipe or model in shipped(RECIPES):
         return parse_recipe(find(model, RECIPES, "generate"), overrides, GenerateRecipe)
@@ -59,7 +84,13 @@ def resolve(model: str, overrides: Sequence[str]) -> GenerateRecipe:
 
 def plan(recipe: GenerateRecipe) -> list[str]:
     """What would happen."""
-    return [f"would load {recipe.model} and write up to {recipe.max_new_tokens} tokens after the prompt"]
+    lines = [f"would load {recipe.model} and write up to {recipe.max_new_tokens} tokens after the prompt"]
+    if recipe.prefill_chunk is not None:
+        lines.append(f"would read the prompt {recipe.prefill_chunk} tokens at a time")
+    if recipe.offload is not None:
+        where = "host memory" if recipe.offload == "host" else f"mapped files in {recipe.offload}"
+        lines.append(f"would keep keys and values in {where}")
+    return lines
 
 
 def _prompt(text: str | None, file: Path | None) -> str:
@@ -85,6 +116,9 @@ def _load(recipe: GenerateRecipe) -> tuple[Any, Any]:
     folder = import_module("mobazoo.checkpoint.hub").locate(recipe.model)
     said = {name: value for name, value in given.items() if value is not None}
     loaded = import_module("mobazoo.checkpoint.load").load(folder, device=device, **said)
+    if recipe.decode is not None:
+        rules = (loaded.config.moba or {}).get("attention") or []
+        loaded.set_attention([*rules, {"layers": ":", "decode": recipe.decode}])
     try:
         tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
