@@ -90,7 +90,8 @@ class Step:
         """A new token's query, key and value in every layer."""
         sizes = self.sizes
         return [
-            (sizes.draw(sizes.query_heads, 1), *(sizes.draw(sizes.key_heads, 1) for _ in range(2))) for _ in self.layers
+            (sizes.draw(sizes.query_heads, 1), sizes.draw(sizes.key_heads, 1), sizes.draw(sizes.key_heads, 1))
+            for _ in self.layers
         ]
 
     def sparse(self, inputs: list[tuple[Tensor, Tensor, Tensor]]) -> list[Routes]:
@@ -211,7 +212,7 @@ def run(
     json_path: Path | None,
     markdown: Path | None,
     dry_run: bool,
-    sizes: Sizes = Sizes(),  # noqa: B008  (frozen, so sharing it is safe)
+    sizes: Sizes = Sizes(),
     scale: int = 1,
 ) -> None:
     """The suite: prints its table, and writes it where asked; ``scale`` divides all lengths, for tests."""

@@ -51,19 +51,29 @@ class MobaCache(Cache):
         self.decode_from: int | None = None
         self.rows: Rows | None = None
 
-    def check(self, config: PreTrainedConfig, batch: int, new: int) -> None:
+    def check(self, config: PreTrainedConfig, kconv: tuple[int, ...], batch: int, new: int) -> None:
         """Refuses a cache that is not this model's, and tokens it has no room for, before anything changes.
+
+        Args:
+            config: of the model.
+            kconv: width of the key convolution of each of its layers.
+            batch: rows of the input.
+            new: tokens of a row.
 
         Raises:
             InputError: saying what differs.
         """
-        rules = config.attention_layers()
-        if [rule.kconv for rule in rules] != [layer.kconv for layer in self.layers]:
+        if len(kconv) != len(self.layers):
             raise InputError(
-                f"past_key_values: made for {len(self.layers)} layers with kconv {_widths(self.layers)}, the model has "
-                f"{len(rules)} with {_widths(rules)}; it is another model's cache"
+                f"past_key_values: made for {len(self.layers)} layers, the model has {len(kconv)}; "
+                "it is another model's cache"
             )
-        for layer in self.layers:
+        for number, (layer, width) in enumerate(zip(self.layers, kconv, strict=True)):
+            if layer.kconv != width:
+                raise InputError(
+                    f"past_key_values: layer {number} is made for kconv {layer.kconv}, the model has {width}; "
+                    "it is another model's cache"
+                )
             layer.check(batch, config.num_key_value_heads, config.head_dim, new)
         if self.rows is not None and self.rows.batch != batch:
             raise InputError(f"past_key_values: holds {self.rows.batch} rows, the input has {batch}")
@@ -152,7 +162,3 @@ class MobaCache(Cache):
     def nbytes(self) -> int:
         """Bytes of memory it takes, room to spare included."""
         return sum(layer.nbytes() for layer in self.layers)
-
-
-def _widths(layers: object) -> list[int]:
-    return sorted({layer.kconv for layer in layers})  # type: ignore[attr-defined]

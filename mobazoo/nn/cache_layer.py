@@ -12,7 +12,7 @@ from mobazoo.attention import Centroids
 from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.nn.means import block_means
 from mobazoo.nn.rows import Rows
-from mobazoo.nn.storage import allocate
+from mobazoo.nn.storage import allocate, zeros
 
 # Tokens that a key convolution's state can be cropped by.
 MAX_ROLLBACK = 64
@@ -42,7 +42,8 @@ class MobaCacheLayer(CacheLayerMixin):
         self.count: int | None = 0
         self.done = 0  # slots whose complete blocks have their mean
         self.block_size = 0
-        self.length = torch.tensor(0)
+        self.length = torch.tensor(0)  # the count, inside a graph
+        self._key_like = torch.empty(0)  # dtype and device of the model's keys
         self._kv: tuple[Tensor, Tensor] | None = None  # [B, Hkv, room, D] each
         self._mean: Tensor | None = None  # [B, Hkv, room // block_size + 1, D]; what no block owns goes to the last
         self._raw: Tensor | None = None  # [B, Hkv, kconv - 1 + MAX_ROLLBACK, D], the last raw keys
@@ -89,9 +90,10 @@ class MobaCacheLayer(CacheLayerMixin):
         """Memory for rows, heads and dtype like these: a static layer's whole, a growing one's as tokens come."""
         batch, heads, _, dim = key_states.shape
         self._allocate(key_states, value_states, self.max_length or 0)
-        self.length = self.length.to(key_states.device)
+        self.length = zeros((), torch.empty(0, dtype=torch.int64, device=key_states.device))
+        self._key_like = key_states.detach().new_empty(0)
         if self.kconv:
-            self._raw = key_states.new_zeros(batch, heads, self.kconv - 1 + MAX_ROLLBACK, dim)
+            self._raw = zeros((batch, heads, self.kconv - 1 + MAX_ROLLBACK, dim), key_states)
         self._pin(self.length, self._raw)
 
     def _allocate(self, k: Tensor, v: Tensor, room: int) -> None:
@@ -194,7 +196,7 @@ class MobaCacheLayer(CacheLayerMixin):
         if self._mean is None or self.block_size != block_size or self._mean.shape[0] != keys.shape[0]:
             self.block_size, self.done, self._mean = block_size, 0, None
         if self._mean is None or self._mean.shape[2] < columns:
-            new = torch.zeros(*keys.shape[:2], columns, keys.shape[3], dtype=keys.dtype, device=self.length.device)
+            new = zeros((*keys.shape[:2], columns, keys.shape[3]), self._key_like)
             if self._mean is not None:
                 new[:, :, : self._mean.shape[2] - 1] = self._mean[:, :, :-1]
             self._mean = new

@@ -135,7 +135,7 @@ class MobaModel(MobaPreTrainedModel):
         layers = config.attention_layers()
         check_backends(layers)
         flags = self.layer_flags(config)
-        self.has_kconv = any(layer.kconv for layer in layers)
+        self.kconv = tuple(layer.kconv for layer in layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, n, layer, flags) for n, layer in enumerate(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -240,8 +240,8 @@ class MobaModel(MobaPreTrainedModel):
 
     def _check_cache(self, cache: Cache | None, batch: int, new: int) -> None:
         if isinstance(cache, MobaCache):
-            cache.check(self.config, batch, new)
-        elif cache is not None and self.has_kconv:
+            cache.check(self.config, self.kconv, batch, new)
+        elif cache is not None and any(self.kconv):
             raise UnsupportedError(
                 f"kconv with a {type(cache).__name__}: only MobaCache keeps the raw keys it needs; pass one, or none"
             )

@@ -160,7 +160,7 @@ def test_bench_hands_its_arguments_over() -> None:
     assert "mobazoo bench --length" in " ".join(call("bench", "--help").stdout.split())
     wrong = call("bench", "--suite", "gpu")
     assert wrong.exit_code == 2
-    assert wrong.stderr == "error: bench: unknown suite 'gpu'; known: cpu\n"
+    assert wrong.stderr == "error: bench: unknown suite 'gpu'; known: cpu, decode\n"
     assert call("bench", "--no-such-thing").exit_code == 2
 
 

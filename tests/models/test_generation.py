@@ -133,6 +133,32 @@ def test_the_cache_knows_the_padding(mode: str, kind: str) -> None:
 
 
 @both
+def test_packed_documents_equal_documents_through_a_cache(mode: str) -> None:
+    model = ours("qwen3", MODES[mode])
+    tokens, lengths = ids(1, TOTAL), [19, 3, 18]
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    got = model(tokens, position_ids=position_ids).logits.split(lengths, dim=1)
+    for document, logits in zip(tokens.split(lengths, dim=1), got, strict=True):
+        kept, alone = MobaCache(model.config), []
+        for token in document.split(2, dim=1):
+            alone.append(model(token, past_key_values=kept).logits)
+        assert error(torch.cat(alone, 1), logits) <= 1e-5
+
+
+def test_a_prompt_in_chunks_never_stands_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lengths = ours("llama", MODES["moba"]), []
+    forward = type(model.model).forward
+
+    def noted(self: Any, input_ids: Tensor, *args: Any, **options: Any) -> Any:
+        lengths.append(input_ids.shape[1])
+        return forward(self, input_ids, *args, **options)
+
+    monkeypatch.setattr(type(model.model), "forward", noted)
+    model.generate(ids(1, 26), max_new_tokens=3, prefill_chunk=8)
+    assert lengths == [8, 8, 8, 2, 1, 1]
+
+
+@both
 def test_alone_or_in_a_batch(mode: str) -> None:
     model = ours("llama", MODES[mode])
     tokens, mask = text(mode, "left")

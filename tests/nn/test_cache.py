@@ -195,7 +195,8 @@ def same(a: list[Any], b: list[Any]) -> bool:
     [
         ({"num_key_value_heads": 4}, {}, "holds 2 key heads of dim 16, the model has 4 of 16; it is another model's"),
         ({"head_dim": 8}, {}, "holds 2 key heads of dim 16, the model has 2 of 8; it is another model's cache"),
-        ({"num_hidden_layers": 2}, {}, "made for 3 layers .* the model has 2 .* it is another model's cache"),
+        ({"num_hidden_layers": 2}, {}, "made for 3 layers, the model has 2; it is another model's cache"),
+        ({"kconv": 3}, {}, "layer 1 is made for kconv 0, the model has 3; it is another model's cache"),
         ({}, {"batch": 2}, "holds 1 rows, the input has 2"),
         ({}, {"new": 21}, "20 tokens and 21 new ones do not fit a static cache of 40 slots; make it longer"),
         ({}, {"mask": (0, 1)}, "row 0 begins at slot 1, in the cache at slot 0; pass the mask of all tokens"),
@@ -211,7 +212,8 @@ def test_bad_calls_leave_the_cache_as_it_was(change: dict[str, Any], call: dict[
     before = state(kept)
     change = dict(change)
     dtype = change.pop("dtype", torch.float32)
-    other = ours("llama", RULES, **change).to(dtype)
+    rules = [*RULES, {"layers": 1, "kconv": change.pop("kconv", 0)}]
+    other = ours("llama", rules, **change).to(dtype)
     mask = None
     if "mask" in call:
         mask = torch.ones(1, 25, dtype=torch.long)
@@ -220,6 +222,26 @@ def test_bad_calls_leave_the_cache_as_it_was(change: dict[str, Any], call: dict[
         other(ids(call.get("batch", 1), call.get("new", 5)), past_key_values=kept, attention_mask=mask)
     assert same(before, state(kept))
     assert error(model(ids(1, 25)[:, 20:], past_key_values=kept).logits, model(ids(1, 25)).logits[:, 20:]) <= 1e-5
+
+
+def test_inference_mode_may_come_and_go() -> None:
+    model, tokens = ours("llama", [*RULES, {"layers": 0, "kconv": 3}]), ids(1, 30)
+    kept = None
+    for at, inside in ((0, True), (20, False), (25, True)):
+        with torch.inference_mode(inside), torch.no_grad():
+            out = model(tokens[:, at : at + (20 if at == 0 else 5)], past_key_values=kept, use_cache=True)
+        kept = out.past_key_values
+    assert error(out.logits.clone(), model(tokens).logits[:, 25:]) <= 1e-5
+
+
+def test_gradients_flow_through_a_cached_forward() -> None:
+    model, tokens = ours("qwen3", RULES), ids(1, 24)
+    grads = []
+    for options in ({"use_cache": False}, {}):
+        model.zero_grad()
+        model(tokens, labels=tokens, **options).loss.backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
 
 
 def test_rows_that_ended_cannot_go_on() -> None:
