@@ -18,7 +18,7 @@ help:
 	@echo "make format     ruff, fixing what it can"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA device"
-	@echo "make bench      the figures of docs/benchmarks/cpu.md"
+	@echo "make bench      the figures of docs/benchmarks"
 
 setup: $(READY)
 
@@ -51,6 +51,7 @@ demo: $(READY)
 
 bench: $(READY)
 	$(PY) -m mobazoo.bench --suite cpu --markdown docs/benchmarks/cpu.md
+	$(PY) -m mobazoo.bench --suite decode --markdown docs/benchmarks/decode.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ PROMPT, TOTAL = 26, 40
 SPLITS = {"one shot": [26, 14], "chunks": [7, 7, 7, 5, 9, 5], "tokens": [1] * 40, "mixed call": [20, 13, 7]}
 both = pytest.mark.parametrize("mode", MODES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@cache
+def made(family: str, mode: str) -> Any:
+    """One model for all tests that change nothing of it."""
+    return ours(family, MODES[mode])
 
 
 def text(mode: str, side: str | None) -> tuple[Tensor, Tensor | None]:
@@ -58,7 +65,7 @@ def through(model: Any, tokens: Tensor, mask: Tensor | None, kept: Any, sizes: l
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("side", [None, "left"])
 def test_every_split_gives_the_same(family: str, mode: str, kind: str, split: str, side: str | None) -> None:
-    model = ours(family, MODES[mode])
+    model = made(family, mode)
     tokens, mask = text(mode, side)
     want = truth(model, tokens, mask)
     got = through(model, tokens, mask, MobaCache(model.config, **KINDS[kind]), SPLITS[split])
@@ -79,7 +86,7 @@ def test_the_modes_differ_where_they_should(mode: str) -> None:
 @given(data=st.data())
 def test_any_split(data: st.DataObject) -> None:
     mode = data.draw(st.sampled_from(sorted(MODES)))
-    model = ours("qwen3", MODES[mode])
+    model = made("qwen3", mode)
     tokens, mask = text(mode, data.draw(st.sampled_from([None, "left"])))
     sizes, left = [], TOTAL
     while left:
@@ -95,7 +102,7 @@ def test_any_split(data: st.DataObject) -> None:
 @both
 @pytest.mark.parametrize("kind", KINDS)
 def test_crop_and_go_on(family: str, mode: str, kind: str) -> None:
-    model = ours(family, MODES[mode])
+    model = made(family, mode)
     tokens, mask = text(mode, "left")
     kept = MobaCache(model.config, **KINDS[kind])
     wrong = torch.cat([tokens[:, :24], ids(2, 12, seed=5)], 1)
@@ -109,7 +116,7 @@ def test_crop_and_go_on(family: str, mode: str, kind: str) -> None:
 @both
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_change_places(mode: str, kind: str) -> None:
-    model = ours("llama", MODES[mode])
+    model = made("llama", mode)
     tokens, mask = text(mode, "left")
     kept = MobaCache(model.config, **KINDS[kind])
     through(model, tokens, mask, kept, [30])
@@ -124,7 +131,7 @@ def test_rows_that_change_places(mode: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cache_knows_the_padding(mode: str, kind: str) -> None:
     """After the prompt no mask is needed."""
-    model = ours("qwen2", MODES[mode])
+    model = made("qwen2", mode)
     tokens, mask = text(mode, "left")
     kept = MobaCache(model.config, **KINDS[kind])
     through(model, tokens, mask, kept, [30])
@@ -134,14 +141,13 @@ def test_the_cache_knows_the_padding(mode: str, kind: str) -> None:
 
 @both
 def test_packed_documents_equal_documents_through_a_cache(mode: str) -> None:
-    model = ours("qwen3", MODES[mode])
+    model = made("qwen3", mode)
     tokens, lengths = ids(1, TOTAL), [19, 3, 18]
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
     got = model(tokens, position_ids=position_ids).logits.split(lengths, dim=1)
     for document, logits in zip(tokens.split(lengths, dim=1), got, strict=True):
-        kept, alone = MobaCache(model.config), []
-        for token in document.split(2, dim=1):
-            alone.append(model(token, past_key_values=kept).logits)
+        kept = MobaCache(model.config)
+        alone = [model(tokens, past_key_values=kept).logits for tokens in document.split(2, dim=1)]
         assert error(torch.cat(alone, 1), logits) <= 1e-5
 
 
@@ -160,7 +166,7 @@ def test_a_prompt_in_chunks_never_stands_whole(monkeypatch: pytest.MonkeyPatch) 
 
 @both
 def test_alone_or_in_a_batch(mode: str) -> None:
-    model = ours("llama", MODES[mode])
+    model = made("llama", mode)
     tokens, mask = text(mode, "left")
     options: Any = {"do_sample": False, "max_new_tokens": 9}
     both_rows = model.generate(tokens, attention_mask=mask, **options)
@@ -185,7 +191,7 @@ GENERATE: dict[str, dict[str, Any]] = {
 @both
 @pytest.mark.parametrize("how", GENERATE)
 def test_generate_equals_generation_without_a_cache(mode: str, how: str, tmp_path: Path) -> None:
-    model = ours("qwen3", MODES[mode])
+    model = made("qwen3", mode)
     tokens, mask = text(mode, "left")
     options = dict(GENERATE[how])
     if "offload" in options:
@@ -216,7 +222,7 @@ def test_assisted_generation_changes_no_token(mode: str, helper: str) -> None:
 
 @both
 def test_sampling_draws_from_the_same_distribution(mode: str) -> None:
-    model = ours("llama", MODES[mode])
+    model = made("llama", mode)
     drawn = []
     for options in ({}, {"use_cache": False}, {"cache_implementation": "static", "prefill_chunk": 9}):
         torch.manual_seed(3)

@@ -59,7 +59,11 @@ def decode(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, slot: Tensor, block_s
         hidden = (at > last[part]).flatten(1)  # [r, K * block_size]
         # Hidden entries point at the query's own token: no slot after it is touched, whatever it holds.
         at = torch.minimum(at, last[part]).flatten(1)
-        keys, values = (_table(x, at, number[0][part, None], number[1][part, None]) for x in (k, v))
+        base = (number[0][part, None], number[1][part, None])
+        keys = _table(k, at, *base)
+        # Caches keep keys and values alike, and so have the same rows of both.
+        alike = k.shape == v.shape and k.stride() == v.stride()
+        values = (_table(v, at[:0], *base)[0], keys[1]) if alike else _table(v, at, *base)
         attend = _sampled if in_place else _gathered
         out[part] = attend(queries[part], *keys, *values, hidden, scale)
     return out.view(q.shape).masked_fill_((begin < 0).all(-1, keepdim=True), 0.0)
