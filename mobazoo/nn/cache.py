@@ -30,7 +30,7 @@ class MobaCache(Cache):
 
     Attributes:
         decode_from: slot of the first token after the prompt, from which on each layer's decode pattern is used
-            (None: everything is prompt). ``generate`` sets it.
+            (None: everything is prompt). ``generate`` sets it, and it stays for plain forwards until it is set again.
 
     Raises:
         InputError: ``max_length`` below 1, or a folder that is not there.
@@ -75,7 +75,9 @@ class MobaCache(Cache):
                     "it is another model's cache"
                 )
             layer.check(batch, config.num_key_value_heads, config.head_dim, new)
-        if self.rows is not None and self.rows.batch != batch:
+        if torch.compiler.is_compiling() or self.rows is None:
+            return
+        if self.rows.batch != batch and self.get_seq_length():
             raise InputError(f"past_key_values: holds {self.rows.batch} rows, the input has {batch}")
 
     def begin(self, rows: Rows, past: int | Tensor, device: torch.device) -> None:

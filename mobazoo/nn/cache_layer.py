@@ -135,6 +135,10 @@ class MobaCacheLayer(CacheLayerMixin):
                     f"{self.max_length} slots; make it longer"
                 )
 
+    def _check_dtype(self, k: Tensor) -> None:
+        if self._kv is not None and self._kv[0].dtype != k.dtype:
+            raise InputError(f"past_key_values: holds {self._kv[0].dtype}, the model has {k.dtype}")
+
     def update(
         self,
         key_states: Tensor,
@@ -152,11 +156,10 @@ class MobaCacheLayer(CacheLayerMixin):
         """
         batch, heads, new, dim = key_states.shape
         self.check(batch, heads, dim, new)
+        self._check_dtype(key_states)
         if self._kv is None or (self._kv[0].shape[0] != batch and not self.get_seq_length()):
             self.lazy_initialization(key_states, value_states)
         assert self._kv is not None
-        if self._kv[0].dtype != key_states.dtype:
-            raise InputError(f"past_key_values: holds {self._kv[0].dtype}, the model has {key_states.dtype}")
         if torch.compiler.is_compiling():
             return self._update_traced(key_states, value_states, block_size, rows)
         past = self.get_seq_length()
@@ -246,6 +249,7 @@ class MobaCacheLayer(CacheLayerMixin):
 
     def raw_before(self, k: Tensor) -> Tensor:
         """The ``kconv - 1`` raw keys before the new ones ``k`` [B, Hkv, T, D], which are kept."""
+        self._check_dtype(k)
         if self._kv is None or self._kv[0].shape[0] != k.shape[0]:
             self.lazy_initialization(k, k)
         raw = self._raw

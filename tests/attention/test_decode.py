@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobazoo.attention import MoBA, Routes, Segments, attend, centroids, route
+from mobazoo.attention import Full, MoBA, Routes, Segments, attend, centroids, route
 from mobazoo.attention.backends import decode as backend
 from mobazoo.attention.kernels import decode as kernel
 from mobazoo.errors import UnsupportedError
@@ -89,8 +89,21 @@ def test_what_it_cannot_do() -> None:
     k = torch.randn(1, 2, 32, 16)
     with pytest.raises(UnsupportedError, match="decode has no backward"):
         attend(q, k, k, pattern=MoBA(8, 2), backend="decode")
-    with pytest.raises(UnsupportedError, match="decode reads chosen blocks; use sdpa for full attention"):
-        attend(q.detach(), k, k, backend="decode")
+
+
+def test_full_attention_is_that_of_sdpa() -> None:
+    q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 32, 16)
+    for pattern in (Full(), MoBA(8, 4)):
+        assert torch.equal(attend(q, k, k, pattern=pattern, backend="decode"), attend(q, k, k, backend="sdpa"))
+
+
+def test_more_entries_than_slots() -> None:
+    """Empty entries of a short cache outnumber its keys."""
+    case = Case(((20,),), block_size=4, top_k=9, queries=2)
+    data = inputs(case)
+    routes, _ = random_routes(case)
+    want = run(case, data, "reference", routes=routes).out
+    assert float((run(case, data, "decode", routes=routes).out - want).abs().max()) <= 1e-5
 
 
 def test_one_graph_with_a_position_of_the_device() -> None:

@@ -161,6 +161,11 @@ def test_reset_forgets_tokens_and_keeps_memory(kind: str) -> None:
     assert (kept.get_seq_length(), kept.decode_from, kept.rows) == (0, None, None)
     fill(kept, [70])
     assert kept.layers[0].keys.data_ptr() == where
+    kept.crop(-70)
+    kept.update(*KV[:, :1, :, :9], 0, SIZE)  # another number of rows, where none are left
+    assert torch.equal(kept.layers[0].keys, KV[0, :1, :, :9])
+    kept.reset()
+    fill(kept, [70])
     assert torch.equal(kept.centroids(0).mean, fill(cache(), [70]).centroids(0).mean)
 
 

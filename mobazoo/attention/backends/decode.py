@@ -1,6 +1,7 @@
-"""Block attention of few queries, as in decoding: every query reads its blocks where they lie in a cache.
+"""Attention of few queries, as in decoding: every query reads its blocks where they lie in a cache.
 
 Time follows the keys that are read and not the length of the cache. Many queries share blocks, which this does not use.
+Full attention, also of MoBA whose blocks cover everything, is that of ``sdpa``, a group's heads folded into query rows.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mobazoo.attention.backends import sdpa
 from mobazoo.attention.kernels.decode import decode
 from mobazoo.attention.problem import Problem
 from mobazoo.attention.routing import Routes, query_slots
@@ -18,9 +20,7 @@ FEW = 16
 
 
 def unsupported(problem: Problem) -> str | None:
-    """MoBA without a backward, any device and floating dtype."""
-    if not problem.moba:
-        return "decode reads chosen blocks; use sdpa for full attention"
+    """No backward; any device and floating dtype."""
     if problem.grad:
         return "decode has no backward"
     return None
@@ -37,7 +37,8 @@ def run(
     scale: float,
 ) -> Tensor:
     """Attention over ``routes``; see ``attend`` for shapes. ``k`` and ``v`` may lie on another device than ``q``."""
-    assert routes is not None
+    if routes is None:
+        return sdpa.run(q, k, v, segments=segments, routes=None, q_start=q_start, scale=scale)
     batch, hq, length, _ = q.shape
     slot = query_slots(segments, length, q_start)
     doc, pos = segments.doc[:, slot], segments.pos[:, slot]  # [B, T]

@@ -60,11 +60,12 @@ def decode(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, slot: Tensor, block_s
         # Hidden entries point at the query's own token: no slot after it is touched, whatever it holds.
         at = torch.minimum(at, last[part]).flatten(1)
         base = (number[0][part, None], number[1][part, None])
-        keys = _table(k, at, *base)
+        keys = _numbered(k, at, *base)
         # Caches keep keys and values alike, and so have the same rows of both.
         alike = k.shape == v.shape and k.stride() == v.stride()
-        values = (_table(v, at[:0], *base)[0], keys[1]) if alike else _table(v, at, *base)
-        attend = _sampled if in_place else _gathered
+        values = (_table(v)[0], keys[1]) if alike else _numbered(v, at, *base)
+        # A sparse row cannot name more columns than there are, which hidden entries of a short cache would.
+        attend = _sampled if in_place and width <= keys[0].shape[0] else _gathered
         out[part] = attend(queries[part], *keys, *values, hidden, scale)
     return out.view(q.shape).masked_fill_((begin < 0).all(-1, keepdim=True), 0.0)
 
@@ -74,14 +75,19 @@ def _(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _table(x: Tensor, at: Tensor, row: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` [B, Hkv, S, D] as a table [rows, D] without a copy, and the table's rows of slots ``at`` [r, width]."""
+def _table(x: Tensor) -> tuple[Tensor, list[int]]:
+    """``x`` [B, Hkv, S, D] as a table [rows, D] without a copy, and its strides in rows of the table."""
     dim = x.shape[3]
     if x.stride(3) != 1 or any(stride % dim for stride in x.stride()[:3]):
         x = x.contiguous()
     strides = [stride // dim for stride in x.stride()[:3]]
     count = 1 + sum((size - 1) * stride for size, stride in zip(x.shape[:3], strides, strict=True))
-    table = x.as_strided((count, dim), (dim, 1))
+    return x.as_strided((count, dim), (dim, 1)), strides
+
+
+def _numbered(x: Tensor, at: Tensor, row: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` as a table, and the table's rows of slots ``at`` [r, width]."""
+    table, strides = _table(x)
     base = row * strides[0] + head * strides[1]
     return table, (at if strides[2] == 1 else at * strides[2]) + base
 
