@@ -8,16 +8,17 @@ READY := $(VENV)/.installed
 endif
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup test test-slow test-gpu lint format demo bench clean
+.PHONY: help setup test test-slow test-gpu test-oldest lint format demo bench clean
 
 help:
 	@echo "make setup      create $(VENV) and install (torch first, at its pinned version)"
 	@echo "make test       the default tests, under ten minutes on two cores"
-	@echo "make demo       what MoBA attention does, on this machine"
+	@echo "make demo       the main job in about five minutes: a small Llama gets MoBA; a page says what came of it"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     ruff, fixing what it can"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make test-oldest  what touches transformers, with the oldest one that pyproject.toml allows"
 	@echo "make bench      the figures of docs/benchmarks"
 
 setup: $(READY)
@@ -47,11 +48,25 @@ format: $(READY)
 	$(PY) -m ruff format .
 
 demo: $(READY)
-	$(PY) examples/attention.py
+	$(PY) -m mobazoo run recipes/quickstart.yaml
 
 bench: $(READY)
 	$(PY) -m mobazoo.bench --suite cpu --markdown docs/benchmarks/cpu.md
 	$(PY) -m mobazoo.bench --suite decode --markdown docs/benchmarks/decode.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# The oldest release of transformers that pyproject.toml allows, with the tokenizers and Hub client it asks for, in a
+# folder of its own before the installed ones.
+OLDEST_TRANSFORMERS := 5.10.1
+
+.oldest/$(OLDEST_TRANSFORMERS): $(READY)
+	rm -rf .oldest
+	$(PY) -m pip install --quiet --disable-pip-version-check --target .oldest transformers==$(OLDEST_TRANSFORMERS)
+	@touch $@
+
+test-oldest: .oldest/$(OLDEST_TRANSFORMERS)
+	PYTHONPATH=$(CURDIR)/.oldest $(PY) -c "import transformers; assert transformers.__version__ == '$(OLDEST_TRANSFORMERS)'"
+	PYTHONPATH=$(CURDIR)/.oldest $(PY) -m pytest tests/integrations tests/models tests/nn tests/checkpoint tests/cli \
+		tests/examples tests/test_generate.py tests/test_register.py

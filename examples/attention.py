@@ -1,4 +1,4 @@
-"""MoBA attention in one page: the seam, what a head reads, and what it saves. Run by `make demo`."""
+"""MoBA attention in one page: the seam, what a head reads, and what it saves. `python examples/attention.py`."""
 
 import argparse
 import time

@@ -8,8 +8,6 @@ that a machine whose speed drifts does not favour either.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,12 +25,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from mobazoo._version import __version__
 from mobazoo.attention import Full, MoBA, Pattern, Segments, attend, centroids, route
 from mobazoo.attention.auto import choose
 from mobazoo.attention.kernels import cpu
 from mobazoo.attention.problem import Problem
 from mobazoo.errors import InputError, MobazooError
+from mobazoo.results import machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -189,30 +187,6 @@ def stages(case: Case) -> dict[str, float]:
     return {**took, **spent, "merge and the rest": merge}
 
 
-def machine() -> dict[str, str]:
-    """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "cpu": model,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "mobazoo": __version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def suite_cpu() -> Iterator[tuple[Case, str]]:
     """The cases of docs/benchmarks/cpu.md, each with the bound it is held against."""
     for dtype in ("float32", "bfloat16"):
@@ -235,7 +209,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command(
     epilog="Examples: `mobazoo bench --length 16384 --block-size 128 --top-k 8 --backward`, "
-    "`mobazoo bench --suite cpu --json cpu.json`"
+    "`mobazoo bench --suite cpu --json cpu.json`; by a recipe `mobazoo bench prefill model=./folder`, on a checkpoint"
 )
 def main(
     suite: Annotated[

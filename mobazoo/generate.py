@@ -28,6 +28,7 @@ class Report:
         new_tokens: tokens written.
         prefill_seconds: until the first token was there.
         decode_seconds: for all tokens after it.
+        seconds: both together.
         keys_per_token: keys that a decoded token reads, per query head, mean over tokens and layers.
         peak_bytes: most memory in use: of the GPU, or of the process where there is none.
     """
@@ -36,6 +37,7 @@ class Report:
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    seconds: float
     keys_per_token: float
     peak_bytes: int
 
@@ -105,6 +107,7 @@ def generate(
         new_tokens=new,
         prefill_seconds=first - start,
         decode_seconds=last - first,
+        seconds=last - start,
         keys_per_token=decoded_keys(model.config.attention_layers(), length, new),
         peak_bytes=torch.cuda.max_memory_allocated(model.device) if cuda else _peak_of_process(),
     )

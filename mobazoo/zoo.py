@@ -4,41 +4,35 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import wraps
-from importlib import import_module
-from pkgutil import iter_modules
-from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from mobazoo.checkpoint import load as checkpoint
-from mobazoo.config.keys import refuse_unknown
-from mobazoo.config.models import PACKAGE, ModelEntry
+from mobazoo.checkpoint.family import build_config, families, skeleton
+from mobazoo.config.keys import nearest, refuse_unknown
+from mobazoo.config.models import ModelEntry
+from mobazoo.errors import InputError
 from mobazoo.integrations.transformers import moba_attention, moba_mask, moba_naive_attention
 from mobazoo.nn.causal_lm import MobaForCausalLM
 from mobazoo.nn.config import MobaConfigMixin
 
 
-def families() -> dict[str, ModuleType]:
-    """The model module of every folder in ``mobazoo.models``, by its Hugging Face model type (``llama``, ...)."""
-    package = import_module(PACKAGE)
-    names = [module.name for module in iter_modules(package.__path__) if module.ispkg]
-    return {name: import_module(f"{PACKAGE}.{name}.model") for name in names}
-
-
 def family_class(family: str, part: str) -> type:
-    """The one class of a family that ends in ``part``: ``Config``, ``Model`` or ``ForCausalLM``."""
-    module = families()[family]
-    found: list[type] = [
-        value
-        for name, value in vars(module).items()
-        if name.startswith("Moba") and name.endswith(part) and value.__module__ == module.__name__
-    ]
-    (only,) = found
-    return only
+    """A family's ``Config``, ``Model`` or ``ForCausalLM``.
+
+    Raises:
+        InputError: no such family, with the nearest one.
+    """
+    known = families()
+    if family not in known:
+        raise InputError(f"family {family!r} is not in the zoo; {nearest(family, known)}")
+    found = known[family]
+    kinds: dict[str, type] = {"Config": found.config, "Model": found.body, "ForCausalLM": found.model}
+    return kinds[part]
 
 
 def register() -> None:
@@ -49,23 +43,27 @@ def register() -> None:
     for name, attention in (("moba", moba_attention), ("moba_naive", moba_naive_attention)):
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, moba_mask)
-    for family in families():
-        config: type[PreTrainedConfig] = family_class(family, "Config")
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, family_class(family, "Model"), exist_ok=True)
-        AutoModelForCausalLM.register(config, family_class(family, "ForCausalLM"), exist_ok=True)
+    for family in families().values():
+        AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
+        AutoModel.register(family.config, family.body, exist_ok=True)
+        AutoModelForCausalLM.register(family.config, family.model, exist_ok=True)
 
 
 def make_config(entry: ModelEntry) -> MobaConfigMixin:
     """The config of a zoo entry.
 
     Raises:
-        InputError: a field that the family's config does not have (with the nearest one), or rules that do not resolve.
+        InputError: an unknown family or a field that its config does not have (with the nearest one), a value that no
+            model has, or rules that do not resolve.
     """
-    kind: Any = family_class(entry.family, "Config")
+    try:
+        kind: Any = family_class(entry.family, "Config")
+    except InputError as error:
+        raise InputError(f"model {entry.name}: {error}") from None
     known = [field.name for field in fields(kind) if field.name != "moba"]
     refuse_unknown(entry.config, known, f"model {entry.name}.config")
-    config: MobaConfigMixin = kind(**entry.config, moba={"attention": entry.attention})
+    said = {**entry.config, "moba": {"attention": entry.attention}}
+    config: Any = build_config(kind, said, f"model {entry.name}", ".config")
     return config
 
 
@@ -76,10 +74,13 @@ def build(entry: ModelEntry, device: torch.device | str = "meta") -> MobaForCaus
         >>> build(model_entry("llama3.1-8b", ["attention=[]"])).num_parameters()
         8030261248
     """
-    kind: Any = family_class(entry.family, "ForCausalLM")
+    config = make_config(entry)
+    kind = families()[entry.family].model
+    empty = skeleton(kind, config, f"model {entry.name}", ".config")  # refuses what no model can be made from
+    if torch.device(device).type == "meta":
+        return empty
     with torch.device(device):
-        model: MobaForCausalLM = kind(make_config(entry))
-    return model
+        return kind(config)
 
 
 @wraps(checkpoint.load)

@@ -58,6 +58,20 @@ def attend(
         >>> attend(q, k, v, pattern=MoBA(block_size=16, top_k=3)).shape
         torch.Size([1, 4, 96, 32])
     """
+    if torch.is_autocast_enabled(q.device.type):
+        # Autocast would round the gate's float32 scores and cast inside kernels that keep their own books.
+        with torch.autocast(q.device.type, enabled=False):
+            return attend(
+                q,
+                k,
+                v,
+                pattern=pattern,
+                backend=backend,
+                segments=segments,
+                routes=routes,
+                q_start=q_start,
+                scale=scale,
+            )
     _check(q, k, v)
     segments = _segments_for(k, segments)
     first = _first_slot(q, k, q_start)

@@ -37,7 +37,8 @@ class Routes:
     Entries of one query are distinct blocks of its document that end before its own block begins.
 
     Attributes:
-        index: ``[B, Hq, T, top_k - 1]`` int32 (int16 where it fits), best score first, ``-1`` is an empty slot.
+        index: ``[B, Hq, T, top_k - 1]`` int32 (int16 where it fits), ``-1`` is an empty slot. ``route`` puts the best
+            score first; a query that reads every block it may has the most recent first.
         start: ``[B, N]`` int32; block ``n`` is the slots ``start[n] .. start[n] + block_size - 1``. Ascending, and -1
             at the end where a row has fewer blocks.
         block_size: tokens in a block.
@@ -100,9 +101,13 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int) -> Tenso
 
     ``first`` and ``stop`` are ``[B, T]`` and do not decrease along a row.
     """
-    batch, hq, length, dim = q.shape
+    batch, hq, _, dim = q.shape
     hkv, n = mean.shape[1], mean.shape[2]
-    index = torch.full((batch, hq, length, k), EMPTY, dtype=_index_dtype(n), device=q.device)
+    # Whoever may read k blocks or fewer reads them all; only the others choose.
+    chooses = (stop - first > k)[..., None]
+    recent = stop[..., None] - 1 - torch.arange(k, device=q.device)  # [B, T, k]
+    recent = torch.where(recent >= first[..., None], recent, EMPTY).to(_index_dtype(n))
+    index = recent[:, None].repeat(1, hq, 1, 1)
     if k == 0 or n == 0:
         return index
     if q.device.type == "cpu":
@@ -114,13 +119,13 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int) -> Tenso
     for b, j in product(range(batch), range(0, hkv, heads)):
         centroid = mean[b, j : j + heads].float().transpose(1, 2)  # [h, D, N]
         queries = q[b].unflatten(0, (hkv, group))[j : j + heads]  # [h, G, T, D]
-        for t0, t1, n0, n1 in _chunks(first[b], stop[b], queries.shape, n):
+        for t0, t1, n0, n1 in _chunks(first[b], stop[b], queries.shape, n, k):
             width = min(k, n1 - n0)
             chunk = queries[:, :, t0:t1].float().flatten(1, 2)  # [h, G * t, D]
             keys = _sort_keys(torch.bmm(chunk, centroid[:, :, n0:n1])).unflatten(1, (group, -1))
             _hide(keys, first[b, t0:t1], stop[b, t0:t1], n0, n1)
             best = _top(keys, width)  # [h, G, t, width]
-            chosen = torch.where(best == _SMALLEST, EMPTY, (best & 0xFFFFFFFF) + n0)
+            chosen = torch.where(chooses[b, t0:t1], (best & 0xFFFFFFFF) + n0, recent[b, t0:t1, :width])
             grouped[b, j : j + heads, :, t0:t1, :width] = chosen.to(index.dtype)
     return index
 
@@ -130,11 +135,11 @@ def _(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int) -> Tensor:
     return q.new_empty((*q.shape[:3], k), dtype=_index_dtype(mean.shape[2]))
 
 
-def _chunks(first: Tensor, stop: Tensor, queries: torch.Size, n: int) -> list[tuple[int, int, int, int]]:
+def _chunks(first: Tensor, stop: Tensor, queries: torch.Size, n: int, k: int) -> list[tuple[int, int, int, int]]:
     """Query ranges and the block range each needs, ``(t0, t1, n0, n1)``, each within the chunk budget if it can be.
 
-    On a CPU the ranges are read (free there), so that blocks nobody may choose are never scored. Elsewhere reading
-    them would wait for the device: every chunk scores all blocks.
+    On a CPU the ranges are read (free there), so that blocks nobody may choose and queries that have no choice are
+    never scored. Elsewhere reading them would wait for the device: every chunk scores all blocks.
     """
     heads, group, length, dim = queries
     budget = _CHUNK_BYTES.get(first.device.type, _CHUNK_BYTES_DEFAULT) // (heads * group)
@@ -146,19 +151,19 @@ def _chunks(first: Tensor, stop: Tensor, queries: torch.Size, n: int) -> list[tu
         step = max(1, budget // cost(1, n))
         return [(t, min(t + step, length), 0, n) for t in range(0, length, step)]
     lows, highs = first.tolist(), stop.tolist()
+    chooses = torch.nn.functional.pad(stop - first > k, (1, 1))
     chunks = []
-    t0 = 0
-    while t0 < length:
-        t1, too_far = t0 + 1, length + 1
-        while t1 + 1 < too_far:
-            middle = (t1 + too_far) // 2
-            if cost(middle - t0, highs[middle - 1] - lows[t0]) <= budget:
-                t1 = middle
-            else:
-                too_far = middle
-        if highs[t1 - 1] > lows[t0]:
+    for t0, end in (chooses[1:] != chooses[:-1]).nonzero().view(-1, 2).tolist():
+        while t0 < end:
+            t1, too_far = t0 + 1, end + 1
+            while t1 + 1 < too_far:
+                middle = (t1 + too_far) // 2
+                if cost(middle - t0, highs[middle - 1] - lows[t0]) <= budget:
+                    t1 = middle
+                else:
+                    too_far = middle
             chunks.append((t0, t1, lows[t0], highs[t1 - 1]))
-        t0 = t1
+            t0 = t1
     return chunks
 
 

@@ -19,10 +19,11 @@ from mobazoo.checkpoint.folder import CONFIG, Folder, open_folder
 from mobazoo.checkpoint.hub import locate, provenance_name
 from mobazoo.checkpoint.load import Progress, check_tied
 from mobazoo.checkpoint.manifest import write_manifest
+from mobazoo.checkpoint.place import free_place
 from mobazoo.checkpoint.plan import Plan, make_plan
-from mobazoo.checkpoint.staging import named_errors, staged
+from mobazoo.checkpoint.staging import staged
 from mobazoo.checkpoint.verify import VerifyReport, check_memory, verify_folders
-from mobazoo.checkpoint.write import copy_small, is_small, new_bytes, write_json, write_shards
+from mobazoo.checkpoint.write import copy_small, new_bytes, raise_limit, write_json, write_shards
 from mobazoo.config.convert import ConvertRecipe
 from mobazoo.errors import InputError
 
@@ -80,7 +81,7 @@ def convert(recipe: ConvertRecipe, progress: Progress | None = None) -> ConvertR
     """
     started = monotonic()
     recipe.check()
-    dest = _free_place(recipe)
+    dest = free_place(recipe.dest, recipe.overwrite)
     job = _prepare(recipe)
     _apart(job.folder.path, dest)
     _room(job.plan, dest)
@@ -90,6 +91,8 @@ def convert(recipe: ConvertRecipe, progress: Progress | None = None) -> ConvertR
     with staged(dest, replace=recipe.overwrite) as new:
         counts = write_shards(job.folder, job.plan, new, _counter(progress, "write", job.plan.nbytes))
         copy_small(job.folder.path, new)
+        if recipe.rope is not None:
+            raise_limit(new, job.config["max_position_embeddings"])
         write_json(new / CONFIG, job.config)
         total = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
         write_manifest(new, _counter(progress, "sums", total))
@@ -115,7 +118,7 @@ def plan_convert(recipe: ConvertRecipe) -> Plan:
         InputError, UnsupportedError: as ``convert``.
     """
     recipe.check()
-    dest = _free_place(recipe)
+    dest = free_place(recipe.dest, recipe.overwrite)
     job = _prepare(recipe)
     _apart(job.folder.path, dest)
     _room(job.plan, dest)
@@ -138,7 +141,7 @@ def _prepare(recipe: ConvertRecipe) -> _Job:
         edited = to_zoo(edited, family, rules, _provenance(recipe, folder))
         model = skeleton(family.model, typed, where)
     else:
-        edited = to_hf(edited, family)
+        edited = to_hf(edited, family, where)
         model = skeleton(family.model, zoo_config(family, edited, (), where), where)
     return _Job(folder, family, edited, make_plan(folder, expected(model), recipe.dtype, recipe.max_shard_size))
 
@@ -154,36 +157,6 @@ def _provenance(recipe: ConvertRecipe, folder: Folder) -> Mapping[str, Any]:
         "versions": {"mobazoo": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         "recipe": {key: value for key, value in asked.items() if value not in (None, [])},
     }
-
-
-def _free_place(recipe: ConvertRecipe) -> Path:
-    """``dest``, resolved up to its own name; refused where something is there that must not go."""
-    given = Path(recipe.dest).expanduser().absolute()
-    dest = given.parent.resolve() / given.name
-    with named_errors(dest):
-        _check_place(dest, recipe.overwrite)
-    return dest
-
-
-def _check_place(dest: Path, overwrite: bool) -> None:
-    if not dest.name or dest.is_symlink():
-        raise InputError(f"{dest}: is a link or a root; name the folder itself")
-    if not dest.exists():
-        return
-    if not dest.is_dir():
-        raise InputError(f"{dest}: exists and is not a folder; choose another dest")
-    if not any(dest.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"{dest}: exists; pass overwrite=true to replace it, or choose another dest")
-    foreign = [path.name for path in dest.iterdir() if not _replaceable(path)]
-    if foreign or not (dest / CONFIG).exists():
-        what = f"holds {sorted(foreign)[0]!r}" if foreign else f"has no {CONFIG}"
-        raise InputError(f"{dest}: {what}, so it is more than a checkpoint; overwriting would lose it, move it away")
-
-
-def _replaceable(path: Path) -> bool:
-    return not path.is_dir() and (is_small(path.name) or path.suffix == ".safetensors")
 
 
 def _apart(source: Path, dest: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mobazoo.checkpoint.family import PREFIX, Family
 from mobazoo.config.convert import RopeExtension
+from mobazoo.config.rope import RopeStep
 from mobazoo.errors import InputError, UnsupportedError
 
 # Where configurations of this and older transformers keep what a context extension changes.
@@ -25,12 +27,25 @@ def to_zoo(
     if moba.get("provenance"):
         origin["before"] = moba["provenance"]
     edited = {**config, "model_type": PREFIX + family.name, "architectures": [family.model.__name__]}
-    edited["moba"] = {"attention": [rule for rule in kept if rule.keys() - {"layers"}], "provenance": origin}
+    edited["moba"] = {"attention": [rule for rule in kept if rule.keys() - {"layers"}]}
+    if moba.get("rope"):
+        edited["moba"]["rope"] = moba["rope"]
+    edited["moba"]["provenance"] = origin
     return edited
 
 
-def to_hf(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """A plain configuration, as transformers and other programs know it."""
+def to_hf(config: Mapping[str, Any], family: Family, where: object) -> dict[str, Any]:
+    """A plain configuration, as transformers and other programs know it.
+
+    Raises:
+        UnsupportedError: a context that was extended in a way that only the zoo's configuration can say.
+    """
+    if (config.get("moba") or {}).get("rope"):
+        kind = _scaling(config)["rope_type"]
+        raise UnsupportedError(
+            f"{where}: its context was extended over a {kind} rope, which a plain Hugging Face config cannot say; keep "
+            "it a zoo checkpoint, or convert the one it came from"
+        )
     edited = {**config, "model_type": family.name, "architectures": [family.architecture]}
     edited.pop("moba", None)
     return edited
@@ -45,35 +60,64 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 def extended(config: Mapping[str, Any], rope: RopeExtension, where: object) -> dict[str, Any]:
     """A longer context; the keys are those the configuration already uses.
 
+    A plain rope, and one of the same type, is said as transformers says it, the factors multiplied; any other becomes a
+    step in ``moba.rope``.
+
     Raises:
         InputError: a factor that extends nothing.
-        UnsupportedError: frequencies that are already rescaled; the configuration cannot say both.
+        UnsupportedError: a yarn whose magnitude was set by hand.
     """
-    old = config.get("max_position_embeddings")
-    current = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = current.get("rope_type", current.get("type", "default"))
-    if kind != "default":
-        raise UnsupportedError(f"{where}: its rope type is already {kind!r}; only a default rope can be extended")
+    old, current = config.get("max_position_embeddings"), _scaling(config)
+    kind, steps = current["rope_type"], (config.get("moba") or {}).get("rope")
     if not isinstance(old, int):
         raise InputError(f"{where}: config.json has no max_position_embeddings to extend")
     factor = rope.factor if rope.max_positions is None else rope.max_positions / old
     if factor is None or not 1 < factor < float("inf"):
         raise InputError(f"convert.rope: extends {old} positions by a factor of {factor}; want a factor > 1")
-    new: dict[str, Any] = {"rope_type": rope.type, "factor": float(factor)}
-    if rope.type == "yarn":
-        new["original_max_position_embeddings"] = old
     edited = {**config, "max_position_embeddings": rope.max_positions or int(old * factor)}
-    if "rope_parameters" in config:
-        edited["rope_parameters"] = {**(config["rope_parameters"] or {}), **new}
+    new: dict[str, Any] = {}
+    if kind in ("yarn", "llama3"):  # transformers would take the new context for the original one
+        new["original_max_position_embeddings"] = current.get("original_max_position_embeddings", old)
+    if steps or kind not in ("default", rope.type):
+        step = asdict(RopeStep(rope.type, float(factor), old))
+        edited["moba"] = {**(config.get("moba") or {}), "rope": [*(steps or ()), step]}
+    elif current.get("attention_factor") is not None:
+        raise UnsupportedError(
+            f"{where}: its yarn says attention_factor={current['attention_factor']}, which is for the context it has; "
+            "take it out of config.json to have it computed for the longer one"
+        )
     else:
-        edited["rope_scaling"] = new
+        original = new.setdefault("original_max_position_embeddings", old)
+        before = (current.get("factor") or old / original) if kind == rope.type else 1.0
+        new |= {"rope_type": rope.type, "factor": before * float(factor)}
+        if rope.type == "linear":
+            del new["original_max_position_embeddings"]
+    if new:
+        edited |= _with_scaling(config, {key: value for key, value in current.items() if key != "type"} | new)
     return edited
+
+
+def _scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary scaling, under its current name for the type."""
+    said = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    return {**said, "rope_type": said.get("rope_type", said.get("type", "default"))}
+
+
+def _with_scaling(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rope_parameters" if "rope_parameters" in config else "rope_scaling": dict(scaling)}
 
 
 def with_context_of(source: Mapping[str, Any], dest: Mapping[str, Any]) -> dict[str, Any]:
     """``source`` with the context length and rotary scaling of ``dest``."""
     kept = {key: value for key, value in source.items() if key not in ROPE_KEYS}
-    return kept | {key: dest[key] for key in ROPE_KEYS if key in dest}
+    steps = (dest.get("moba") or {}).get("rope")
+    moba = {"moba": {**(source.get("moba") or {}), "rope": steps}} if steps else {}
+    return kept | moba | {key: dest[key] for key in ROPE_KEYS if key in dest}
+
+
+def without_steps(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the extensions of ``moba.rope``, as far as transformers computes it."""
+    return {**config, "moba": {**(config.get("moba") or {}), "rope": []}}
 
 
 def other_changes(source: Mapping[str, Any], dest: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from mobazoo.errors import InputError, UnsupportedError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER = "tokenizer_config.json"
 _MAX_JSON = 64 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 

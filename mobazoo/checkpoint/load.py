@@ -45,8 +45,9 @@ def load(
 
     Args:
         path_or_name: local folder, or Hub id (``org/name``); offline where ``HF_HUB_OFFLINE`` is set.
-        attention: per-layer rules, applied after the folder's own: each overrides only the fields it names, so
-            ``[{"layers": ":", "pattern": "full"}]`` starts afresh and ``[{"backend": "flash"}]`` changes backends only.
+        attention: per-layer rules after the folder's own: each changes the fields it names for the layers it names, so
+            ``[{"layers": ":", "pattern": "full"}]`` is full attention everywhere and ``[{"backend": "flash"}]`` another
+            backend for the patterns there are.
         attn: ``moba`` (the rules, which must give some layer MoBA), ``moba_naive`` (the same by the reference backend)
             or ``full`` (no layer MoBA).
         device: where the model goes (None: torch's default device).

@@ -12,12 +12,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mobazoo.attention.pattern import MoBA
 from mobazoo.checkpoint.compare import FLOATS
-from mobazoo.checkpoint.edit import to_hf, with_context_of
+from mobazoo.checkpoint.edit import to_hf, with_context_of, without_steps
 from mobazoo.checkpoint.family import Family, build_config, is_zoo, skeleton, zoo_config
 from mobazoo.checkpoint.folder import Folder
 from mobazoo.checkpoint.plan import KCONV
 from mobazoo.checkpoint.stream import stream
+from mobazoo.config.rope import rope_steps
 from mobazoo.config.rules import LayerAttention
+from mobazoo.nn.rope import extend
 
 TOKENS = 64
 _FULL: Mapping[str, Any] = {"layers": ":", "pattern": "full", "backend": "auto"}
@@ -63,7 +65,10 @@ def compare_logits(source: Folder, dest: Folder, family: Family) -> LogitsReport
         reference, ours = model(dest, dest.config, None), model(source, context, [_FULL])
     else:
         learned = any(name.endswith(KCONV) and bool(source.read(name).any()) for name in source.tensors)
-        reference = model(source, context if learned else to_hf(context, family), [_FULL] if learned else None)
+        plain = to_hf(without_steps(context), family, source.path)
+        reference = model(source, context if learned else plain, [_FULL] if learned else None)
+        if not learned:
+            _extend(reference, dest)
         ours = model(dest, dest.config, [_FULL])
     problems = []
     if not torch.allclose(ours.get_buffer(_FREQUENCIES), reference.get_buffer(_FREQUENCIES), rtol=1e-5, atol=0.0):
@@ -97,6 +102,14 @@ def _skeleton(
     plain = build_config(config_class, config, folder.path)
     plain._attn_implementation = "eager"
     return skeleton(model_class, plain, folder.path)
+
+
+def _extend(reference: PreTrainedModel, dest: Folder) -> None:
+    """Gives transformers' model the frequencies of a context it cannot be asked for, from its own ones."""
+    rotary: Any = reference.get_submodule("model.rotary_emb")
+    steps = rope_steps(dest.config.get("moba"))
+    frequencies, rotary.attention_scaling = extend(rotary.inv_freq, rotary.attention_scaling, steps)
+    rotary.inv_freq.copy_(frequencies)
 
 
 def _stored(name: str, dest: Folder, source: Folder) -> torch.dtype:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mobazoo.checkpoint.compare import FLOATS
-from mobazoo.checkpoint.folder import CONFIG, INDEX, WEIGHTS, Folder, inside
+from mobazoo.checkpoint.folder import CONFIG, INDEX, TOKENIZER, WEIGHTS, Folder, inside, read_json
 from mobazoo.checkpoint.manifest import MANIFEST
 from mobazoo.checkpoint.plan import OutShard, Plan
 from mobazoo.errors import InputError
@@ -90,6 +90,15 @@ def copy_small(folder: Path, new: Path) -> None:
         real = inside(folder, path.name)
         if real.stat().st_size <= _MAX_SMALL:
             shutil.copyfile(real, new / path.name)
+
+
+def raise_limit(new: Path, positions: int) -> None:
+    """Lets a copied tokenizer make as many tokens as the extended context holds."""
+    path = new / TOKENIZER
+    said = read_json(path) if path.exists() else {}
+    limit = said.get("model_max_length")
+    if isinstance(limit, int | float) and limit < positions:
+        write_json(path, {**said, "model_max_length": positions})
 
 
 def new_bytes(plan: Plan, dest: Path) -> int:

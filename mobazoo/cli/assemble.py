@@ -15,9 +15,9 @@ import typer
 
 from mobazoo._version import __version__
 from mobazoo.cli import verbs
-from mobazoo.errors import MobazooError
+from mobazoo.errors import MobazooError, Stopped
 
-USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143
 
 
 def discover() -> dict[str, ModuleType]:
@@ -71,6 +71,9 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*args, **kwargs)
             sys.stdout.flush()
+        except Stopped as stopped:
+            typer.echo(str(stopped), err=True)
+            raise typer.Exit(TERMINATED) from None
         except MobazooError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(USER_ERROR) from None

@@ -17,7 +17,7 @@ from mobazoo.checkpoint.hub import locate
 from mobazoo.cli.output import count, size, tokens
 from mobazoo.config.convert import DTYPES
 from mobazoo.config.models import model_entry, model_names
-from mobazoo.config.recipe import parse_recipe, to_yaml
+from mobazoo.config.recipe import parse_recipe
 from mobazoo.config.rules import LayerAttention
 from mobazoo.config.shipped import Source
 from mobazoo.errors import InputError
@@ -39,25 +39,26 @@ class Described:
 
 @dataclass
 class Rules:
-    """What ``key=value`` may change of a checkpoint folder that is only looked at."""
+    """What ``key=value`` may say for a checkpoint that is only looked at: rules after its own, as for any verb."""
 
     attention: list[dict[str, Any]] = field(default_factory=list)
 
 
 def describe(target: str, overrides: Sequence[str], device: str, dtype: str | None) -> Described:
-    """A model of the zoo by name, or a checkpoint by folder or Hub id, with ``overrides``.
+    """A model of the zoo by name or file, or a checkpoint by folder or Hub id, with ``overrides``.
 
     Args:
-        target: what ``mobazoo models`` lists, a folder, or a Hub id.
-        overrides: keys of the model file, or of a folder's ``attention``.
+        target: what ``mobazoo models`` lists, a model file, a folder, or a Hub id.
+        overrides: keys of the model file, or ``attention`` with rules after a checkpoint's own.
         device: ``auto``, ``cpu`` or ``cuda``, for the choice of backends.
         dtype: of the cache and for the choice of backends (None: the checkpoint's, bfloat16 if it says none).
 
     Raises:
         InputError: no such model, or a setting that no model could have.
     """
-    known = target in model_names() or ("/" not in target and not Path(target).is_dir())
-    config, model = _from_zoo(target, overrides) if known else _from_folder(target, overrides)
+    file = Path(target).is_file() or target.endswith(".yaml") or ("/" not in target and not Path(target).is_dir())
+    is_entry = target in model_names() or file
+    config, model = _from_zoo(target, overrides) if is_entry else _from_folder(target, overrides)
     layers: tuple[LayerAttention, ...] = config.attention_layers()
     kind, where = _dtype(dtype or config.dtype or "bfloat16"), _device(device)
     length = config.max_position_embeddings
@@ -95,12 +96,8 @@ def _from_folder(target: str, overrides: Sequence[str]) -> tuple[PreTrainedConfi
         raise InputError(f"{folder}: not a checkpoint folder: it has no {CONFIG}")
     said = read_json(inside(folder, CONFIG))
     family = family_of(said, folder)
-    own = zoo_config(family, said, [], folder)
-    source = Source(
-        target, f"{folder / CONFIG} (moba)", to_yaml(Rules([rule.as_dict() for rule in own.attention_rules()]))
-    )
-    rules = parse_recipe(source, overrides, Rules).attention
-    config = zoo_config(family, {**said, "moba": None}, rules, folder)
+    rules = parse_recipe(Source(target, target, "{}"), overrides, Rules).attention
+    config = zoo_config(family, said, rules, folder)
     return config, skeleton(family.model, config, folder)
 
 

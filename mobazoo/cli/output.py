@@ -67,7 +67,7 @@ def tokens(length: int) -> str:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for each piece of work: called with its name, what is done and what there is in all.
+    """A bar on stderr for each piece of work: called with its name, what is done and what there is in all (0: unknown).
 
     Where nobody watches, one line when a piece begins.
     """
@@ -78,9 +78,9 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
         def update(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = bars.add_task(what, total=total or None)
                 if not console.is_terminal:
                     note(f"{what} ...")
-            bars.update(tasks[what], completed=done, total=total)
+            bars.update(tasks[what], completed=done, total=total or None)
 
         yield update

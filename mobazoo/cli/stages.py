@@ -65,6 +65,7 @@ class Planned:
         said = {
             "digest": self.digest,
             "verb": self.step.verb,
+            "command": self.step.command(),
             "recipe": plain(self.recipe),
             "line": outcome.line,
             "outputs": outcome.outputs,

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mobazoo.config.rope import EXTENSIONS
 from mobazoo.config.rules import parse_rules
 from mobazoo.errors import InputError
 
 DIRECTIONS = ("zoo", "hf")
 DTYPES = ("float32", "bfloat16", "float16")
-EXTENSIONS = ("linear", "yarn")
 
 
 @dataclass(frozen=True, slots=True)
 class RopeExtension:
     """A longer context by rescaled rotary frequencies; give ``factor`` or ``max_positions``, the other follows.
+
+    Frequencies that are scaled already are scaled again, the factors multiply. Where a plain configuration cannot say
+    the result (anything over ``llama3``, ``linear`` over ``yarn``), the zoo's says it in ``moba.rope``.
 
     Attributes:
         type: ``linear`` (position interpolation, arXiv 2306.15595) or ``yarn`` (arXiv 2309.00071).
@@ -36,7 +39,7 @@ class ConvertRecipe:
         source: folder or Hub id, plain Hugging Face or zoo.
         dest: folder to write.
         to: ``zoo``, or ``hf`` for a plain dense checkpoint.
-        attention: per-layer rules, applied after the source's own; ``kconv: 3`` in a rule adds a zero key convolution.
+        attention: per-layer rules after the source's own; ``kconv: 3`` in a rule adds a zero key convolution.
         dtype: ``float32``, ``bfloat16`` or ``float16`` (None: as stored).
         max_shard_size: bytes, or a size like ``5GB`` (None: the source's shards).
         rope: longer context (None: unchanged).

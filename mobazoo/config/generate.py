@@ -12,7 +12,7 @@ class GenerateRecipe:
 
     Attributes:
         model: checkpoint folder or Hub id.
-        attention: per-layer rules instead of the checkpoint's (empty: the checkpoint's).
+        attention: per-layer rules after the checkpoint's own.
         decode: what every layer uses after the prompt, ``full`` or ``moba`` (None: what the rules say).
         device: ``auto`` takes a GPU if there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16`` (None: as stored).
@@ -24,6 +24,8 @@ class GenerateRecipe:
         system: system message, with a chat template.
         prefill_chunk: tokens of the prompt to read at a time, where all at once take too much memory (None: all).
         offload: keep keys and values in host memory (``host``) or in mapped files in this folder (None: on the device).
+        prompt: what to continue, where the command line names none.
+        dest: JSON file for prompt, text and figures (None: the console only).
     """
 
     model: str
@@ -39,3 +41,5 @@ class GenerateRecipe:
     system: str | None = None
     prefill_chunk: int | None = None
     offload: str | None = None
+    prompt: str | None = None
+    dest: str | None = None

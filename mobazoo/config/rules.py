@@ -14,7 +14,7 @@ PATTERNS = ("full", "moba")
 DECODES = ("full", "moba")
 KCONV_WIDTHS = (3, 5)
 # What the object ``moba`` of a checkpoint's config.json may hold.
-MOBA_KEYS = ("attention", "provenance")
+MOBA_KEYS = ("attention", "rope", "provenance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,3 +154,27 @@ def moba_rules(moba: Mapping[str, Any] | None) -> tuple[Rule, ...]:
         raise InputError(f"moba: want a mapping like {{attention: [...]}}, got {moba!r}")
     refuse_unknown(moba, MOBA_KEYS, "moba")
     return parse_rules(moba.get("attention"), "moba.attention")
+
+
+def join_rules(
+    own: Sequence[Mapping[str, Any]] | None, later: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """``later`` rules after a checkpoint's ``own``: what ``attention`` means wherever it is given with a checkpoint.
+
+    What a later rule for all layers says is dropped from the rules before it, so that lists do not grow when a
+    checkpoint is converted again and again.
+
+    Raises:
+        InputError: rules that ``parse_rules`` refuses.
+    """
+    parse_rules(own, "moba.attention")
+    parse_rules(later)
+    joined: list[dict[str, Any]] = []
+    named: set[str] = set()
+    for rule in reversed([*(own or ()), *(later or ())]):
+        kept = {key: value for key, value in rule.items() if key == "layers" or key not in named}
+        if kept.keys() - {"layers"}:
+            joined.insert(0, kept)
+        if rule.get("layers", ":") == ":":
+            named |= {key for key, value in rule.items() if key != "layers" and value is not None}
+    return joined

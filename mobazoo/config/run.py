@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mobazoo.config.schema import unknown
+from mobazoo.config.keys import refuse_unknown
 from mobazoo.errors import InputError
 
 _KEYS = ["verb", "recipe", "with"]
+# Words that YAML reads as something else than text.
+_NO_TEXT = ("true", "false", "yes", "no", "on", "off", "null", "y", "n", ".inf", ".nan")
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,20 @@ class Step:
     verb: str
     recipe: str
     overrides: tuple[str, ...]
+
+    def command(self) -> str:
+        """What somebody would type to do this stage alone."""
+        return shlex.join(["mobazoo", self.verb, self.recipe, *(_bare(override) for override in self.overrides)])
+
+
+def _bare(override: str) -> str:
+    """``key=value`` without the quotes that JSON puts around a plain word, where YAML reads it as the same text."""
+    return re.sub(r'^([^=]+)="([A-Za-z_./][\w./-]*)"$', _unquoted, override)
+
+
+def _unquoted(match: re.Match[str]) -> str:
+    key, word = match.groups()
+    return match[0] if word.lower() in _NO_TEXT else f"{key}={word}"
 
 
 @dataclass
@@ -44,9 +62,7 @@ class RunRecipe:
         return [self._step(stage, f"stages[{i}]") for i, stage in enumerate(self.stages)]
 
     def _step(self, stage: Mapping[str, Any], key: str) -> Step:
-        for name in stage:
-            if name not in _KEYS:
-                raise InputError(unknown(key, name, _KEYS))
+        refuse_unknown(stage, _KEYS, key)
         for name in ("verb", "recipe"):
             if not isinstance(stage.get(name), str):
                 raise InputError(f"{key}.{name}: want text, got {stage.get(name)!r}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from mobazoo.config.keys import unknown
 from mobazoo.config.rules import Rule, parse_rules
 from mobazoo.errors import InputError
 
@@ -75,13 +75,6 @@ def type_at(schema: Any, parts: list[str | int], key: str = "") -> Any:
             return type_at(get_args(option)[1], rest, join(key, part))
     what = f"no list, so it has no item {part}" if isinstance(part, int) else f"no mapping, so it has no key {part!r}"
     raise InputError(f"{key or 'the recipe'}: {what}; it is {words(schema)}")
-
-
-def unknown(key: str, name: Any, known: list[str]) -> str:
-    """The line about a key that is not there."""
-    near = get_close_matches(str(name), known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return f"{key + ': ' if key else ''}unknown key {name!r}; {hint}"
 
 
 def join(key: str, part: Any) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from mobazoo.config.keys import nearest
 from mobazoo.errors import InputError
 
 RECIPES = "mobazoo.recipes"
@@ -72,8 +72,9 @@ def find(given: str | Path, package: str = RECIPES, folder: str = "") -> Source:
         raise InputError(f"{what} {str(given)!r} is in several folders; say one of {', '.join(by_stem)}")
     if path.is_dir():
         raise InputError(f"{given}: want a {what} file, got a folder")
-    near = get_close_matches(name, [*names, *(known.rpartition("/")[2] for known in names)], 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"`mobazoo {what}s` lists what there is"
+    hint = nearest(
+        name, [*names, *(known.rpartition("/")[2] for known in names)], f"`mobazoo {what}s` lists what there is"
+    )
     raise InputError(f"{what} {str(given)!r}: no such file, and none of that name is shipped; {hint}")
 
 

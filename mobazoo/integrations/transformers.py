@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from transformers.masking_utils import and_masks, causal_mask_function
 
 from mobazoo.attention import Segments, attend
+from mobazoo.config.rope import rope_steps
 from mobazoo.config.rules import LayerAttention, moba_rules, resolve_layer
 from mobazoo.errors import InputError, UnsupportedError
 
@@ -179,7 +180,7 @@ def layer_attention(module: nn.Module) -> LayerAttention:
 
     Raises:
         InputError: no rules in the config, or rules that do not resolve.
-        UnsupportedError: rules with a key convolution.
+        UnsupportedError: rules with a key convolution, or rotary frequencies that the model does not compute.
     """
     config: Any = module.config
     moba = config.__dict__.get("moba")
@@ -188,6 +189,10 @@ def layer_attention(module: nn.Module) -> LayerAttention:
         raise InputError(
             "attn_implementation='moba' needs rules in the config: set config.moba = "
             "{'attention': [{'pattern': 'moba', 'block_size': ..., 'top_k': ...}]}"
+        )
+    if rope_steps(moba):
+        raise UnsupportedError(
+            "moba.rope extends the context in a way that a stock model does not compute; use mobazoo.load"
         )
     number: Any = module.layer_idx
     layer = resolve_layer(rules, number, config.num_hidden_layers, "moba.attention")

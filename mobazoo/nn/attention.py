@@ -52,11 +52,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, geometry: Geometry, cache: Cache | None) -> Tensor:
         """``[B, T, hidden]`` in and out; ``cache`` gets the new keys and values."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
-        q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, D]
-        if self.k_conv is not None:
-            k = self._convolve(self.k_conv, k, geometry, cache)
-        q, k = rotate(q, geometry.cos, geometry.sin), rotate(k, geometry.cos, geometry.sin)
+        q, k, v = self.project(x, geometry, cache)
         known = None
         if isinstance(cache, MobaCache):
             pattern = self.layer.pattern
@@ -66,6 +62,18 @@ class Attention(nn.Module):
         elif cache is not None:
             k, v = cache.update(k, v, self.number)
         return self.o_proj(self._attend(q, k, v, known, geometry).transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor, geometry: Geometry, cache: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, T, hidden]`` to ``q [B, Hq, T, D]`` and ``k, v [B, Hkv, T, D]`` as ``attend`` gets them, rotated.
+
+        A ``cache`` gives a key convolution the raw keys before these, and keeps these.
+        """
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, D]
+        if self.k_conv is not None:
+            k = self._convolve(self.k_conv, k, geometry, cache)
+        q, k = rotate(q, geometry.cos, geometry.sin), rotate(k, geometry.cos, geometry.sin)
+        return q.to(v.dtype), k.to(v.dtype), v  # autocast leaves norms and rotation in float32
 
     @staticmethod
     def _learnable(

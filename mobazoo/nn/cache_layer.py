@@ -278,6 +278,8 @@ class MobaCacheLayer(CacheLayerMixin):
         """Slots of a static layer, -1 for a growing one."""
         return -1 if self.max_length is None else self.max_length
 
+    get_max_cache_shape = get_max_length  # its name in earlier transformers
+
     def check_crop(self, remove: int) -> None:
         """Refuses a cut that cannot be made, before anything changes.
 

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.nn.cache import MobaCache
 from mobazoo.nn.decoder import MobaModel, MobaPreTrainedModel
+from mobazoo.nn.loss import head_loss
 
 # What transformers calls caches, and whether ours of that kind is static.
 CACHES = {"dynamic": False, "static": True, "offloaded": False}
@@ -50,6 +51,7 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
         max_len: int | None = None,
         decode_from: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        loss_only: bool = False,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, and the loss where ``labels`` are given (shifted by one, -100 ignored).
 
@@ -59,6 +61,7 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
             labels: ``[B, T]``; in packed rows the first token of each document should be -100.
             logits_to_keep: last positions to compute logits of (0: all), or their indices.
             num_items_in_batch: divide the summed loss by this instead of by the labels of this batch.
+            loss_only: return the loss without logits, which are never whole in memory.
         """
         outputs = self.model(
             input_ids,
@@ -74,6 +77,12 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
             max_len=max_len,
             decode_from=decode_from,
         )
+        if loss_only and labels is not None:
+            alone = head_loss(outputs.last_hidden_state, self.lm_head.weight, labels, num_items_in_batch)
+            result = CausalLMOutputWithPast(
+                loss=alone, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            )
+            return result if self._as_dict(return_dict) else result.to_tuple()
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
@@ -84,8 +93,10 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if as_dict else result.to_tuple()
+        return result if self._as_dict(return_dict) else result.to_tuple()
+
+    def _as_dict(self, return_dict: bool | None) -> bool:
+        return bool(self.config.return_dict if return_dict is None else return_dict)
 
     def generate(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from mobazoo.config.rope import rope_steps
 from mobazoo.config.rules import LayerAttention, Rule, moba_rules, resolve
 from mobazoo.errors import UnsupportedError
 
@@ -13,8 +14,8 @@ from mobazoo.errors import UnsupportedError
 class MobaConfigMixin(PreTrainedConfig):
     """The object ``moba`` with the per-layer rules.
 
-    ``moba`` is plain JSON, ``{"attention": [rules], "provenance": {...}}``. Backends are a load-time choice: rules may
-    name them in memory, ``to_dict`` and with it ``config.json`` leave them out.
+    ``moba`` is plain JSON, ``{"attention": [rules], "rope": [steps], "provenance": {...}}``. Backends are a load-time
+    choice: rules may name them in memory, ``to_dict`` and with it ``config.json`` leave them out.
 
     Raises:
         InputError: rules that no model of this depth could use.
@@ -27,6 +28,7 @@ class MobaConfigMixin(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.refuse_unsupported()
         self.attention_layers()  # refuse rules that no model could use before there is one
+        rope_steps(self.moba)
 
     def attention_rules(self) -> tuple[Rule, ...]:
         """The rules of ``moba.attention``."""

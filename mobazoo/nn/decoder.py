@@ -80,7 +80,8 @@ class MobaPreTrainedModel(PreTrainedModel):
         """Gives layers another pattern, backend or decode mode; no weight changes.
 
         Args:
-            rules: per-layer rules; ``[]`` is full attention everywhere.
+            rules: all per-layer rules (``mobazoo.load`` puts what it is given after the checkpoint's own); ``[]`` is
+                full attention everywhere.
 
         Raises:
             InputError: rules that do not resolve; nothing is changed.

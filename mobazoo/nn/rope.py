@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import log, pi
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from mobazoo.config.rope import RopeStep, rope_steps
 from mobazoo.errors import UnsupportedError
 
 # Others change frequencies with the length of the call, or per layer: not in these families.
 SCALINGS = ("linear", "llama3", "yarn")
+# Turns within the old context above which yarn leaves a frequency alone, and below which it divides it (its defaults).
+_FAST, _SLOW = 32.0, 1.0
 
 
 class RotaryEmbedding(nn.Module):
@@ -55,6 +59,29 @@ class RotaryEmbedding(nn.Module):
 
 def inverse_frequencies(config: PreTrainedConfig) -> tuple[Tensor, float]:
     """Angle per position of each pair of channels, float32 ``[D / 2]``, and the factor on cosines and sines."""
+    return extend(*_stored_frequencies(config), rope_steps(config.__dict__.get("moba")))
+
+
+def extend(frequencies: Tensor, magnitude: float, steps: Sequence[RopeStep]) -> tuple[Tensor, float]:
+    """Frequencies ``[D / 2]`` and their magnitude for longer contexts, step by step.
+
+    ``linear`` divides all frequencies. ``yarn`` (arXiv 2309.00071, "NTK-by-parts") divides those that do not turn once
+    in the old context, leaves those that turn 32 times or more, and blends in between by the logarithm of the turns;
+    over a plain rope that is transformers' ``yarn`` with ``truncate: false``. Counting turns of the frequencies as they
+    are gives it a meaning over ``llama3`` and others too.
+    """
+    for step in steps:
+        if step.type == "linear":
+            frequencies = frequencies / step.factor
+        else:
+            turns = frequencies * (step.original_max_position_embeddings / (2 * pi))
+            kept = ((turns / _SLOW).log() / log(_FAST / _SLOW)).clamp(0, 1)
+            frequencies = frequencies * (kept + (1 - kept) / step.factor)
+            magnitude *= 0.1 * log(step.factor) + 1
+    return frequencies, magnitude
+
+
+def _stored_frequencies(config: PreTrainedConfig) -> tuple[Tensor, float]:
     rope = config.rope_parameters
     kind = rope["rope_type"]
     part = rope.get("partial_rotary_factor", 1.0)

@@ -71,13 +71,20 @@ def check_invariants(case: Case, routes: routing.Routes) -> None:
 
 
 def test_best_score_first() -> None:
+    """Where more blocks compete than may be read; who reads all of them has the latest first."""
     case = CASES["whole"]
     data = inputs(case)
     routes = gate_routes(case, data.q, data.k)
     mean = centroids(data.k, 16, segments_of(case.rows)).mean.repeat_interleave(2, 1)
     scores = (data.q @ mean.mT).gather(-1, routes.index.clamp(min=0).long())
-    scores = scores.masked_fill(routes.index < 0, float("-inf"))
-    assert (scores[..., :-1] >= scores[..., 1:] - 1e-4).all()
+    competing = torch.arange(routes.index.shape[2]) // 16 > routes.index.shape[3]
+    assert competing.any()
+    assert not competing.all()
+    ranked = scores[:, :, competing]
+    assert (ranked[..., :-1] >= ranked[..., 1:] - 1e-4).all()
+    assert (ranked[..., :-1] > ranked[..., 1:]).any()
+    latest = routes.index[:, :, ~competing]
+    assert ((latest[..., :-1] > latest[..., 1:]) | (latest[..., 1:] == -1)).all()
 
 
 @pytest.mark.parametrize("blocks, dtype", [(32767, torch.int16), (32768, torch.int32)])
@@ -139,4 +146,4 @@ def test_hand_worked_example() -> None:
     segments = Segments.from_lengths([[8, 3]])
     index = route(q, centroids(k, 2, segments), MoBA(2, 3), segments).index[0, 0].tolist()
     none = [-1, -1]
-    assert index == [none, none, [0, -1], [0, -1], [0, 1], [0, 1], [0, 2], [0, 2], none, none, [4, -1]]
+    assert index == [none, none, [0, -1], [0, -1], [1, 0], [1, 0], [0, 2], [0, 2], none, none, [4, -1]]

@@ -151,10 +151,15 @@ def test_nothing_there(installed: pytest.MonkeyPatch) -> None:
     installed.setattr(providers, "_HAS_WHEEL", False)
     installed.setattr(providers, "_HAS_ATEN", False)
     assert providers.choose(*ABLE)[0] is None
-    with pytest.raises(UnsupportedError, match=r"built without CUDA flash kernels .*mobazoo\[flash\]"):
+    with pytest.raises(UnsupportedError, match=r"flash: no kernel provider: .*CUDA flash kernels .*mobazoo\[flash\]"):
         providers.get("auto", *ABLE)
     with pytest.raises(UnsupportedError, match="aten: this PyTorch was built without"):
         providers.get("aten", *ABLE)
+
+
+def test_a_provider_that_is_none() -> None:
+    with pytest.raises(InputError, match="flash: unknown provider 'wheels'; known: auto, "):
+        providers.get("wheels", *ABLE)
 
 
 @pytest.mark.parametrize(

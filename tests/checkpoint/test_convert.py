@@ -13,7 +13,9 @@ from mobazoo.checkpoint.convert import convert, plan_convert
 from mobazoo.checkpoint.load import load
 from mobazoo.checkpoint.manifest import check_manifest
 from mobazoo.config.convert import ConvertRecipe, RopeExtension
+from mobazoo.config.rope import rope_steps
 from mobazoo.errors import InputError, MobazooError, UnsupportedError
+from mobazoo.nn.rope import extend
 
 from .factories import FAMILIES, RULES, edit_config, ids, listing, save, tensors
 
@@ -139,11 +141,99 @@ def test_longer_context(tmp_path: Path, family: str, rope: RopeExtension, old: b
 def test_rope_that_cannot_be_extended(single: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"convert.rope: extends 128 positions by a factor of 0.5; want a factor > 1"):
         run(single, tmp_path / "x", rope=RopeExtension("linear", max_positions=64))
-    edit_config(single, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
-    with pytest.raises(
-        UnsupportedError, match="its rope type is already 'linear'; only a default rope can be extended"
-    ):
+    edit_config(single, rope_parameters={**YARN, "attention_factor": 1.5})
+    with pytest.raises(UnsupportedError, match=r"its yarn says attention_factor=1.5, which is for the context it has"):
         run(single, tmp_path / "x", rope=RopeExtension("yarn", factor=2.0))
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(("kind", "old"), [("linear", LINEAR), ("yarn", YARN)])
+@pytest.mark.parametrize("unsaid", [False, True])
+def test_the_same_scaling_again_multiplies_its_factor(tmp_path: Path, kind: str, old: dict, unsaid: bool) -> None:
+    """transformers can say it, so that it stays an ordinary configuration."""
+    save(tmp_path / "hf", rope_parameters=old)
+    if unsaid:  # the original context is then the old one, and may not become the new one
+        edit_config(tmp_path / "hf", rope_parameters={k: v for k, v in old.items() if "original" not in k})
+    run(tmp_path / "hf", tmp_path / "zoo", rope=RopeExtension(kind, factor=4.0))
+    said = config(tmp_path / "zoo")
+    assert "rope" not in said["moba"]
+    want = {**old, "factor": 8.0} | ({"original_max_position_embeddings": 128} if unsaid and kind == "yarn" else {})
+    assert said["rope_parameters"] == want
+    assert said["max_position_embeddings"] == 512
+    run(tmp_path / "zoo", tmp_path / "back", to="hf")
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back")(ids(40)).logits
+        torch.testing.assert_close(load(tmp_path / "zoo")(ids(40)).logits, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "kind"), [(LLAMA3, "linear"), (LLAMA3, "yarn"), (YARN, "linear"), (LINEAR, "yarn")], ids=str
+)
+@pytest.mark.parametrize("scaling", ["rope_parameters", "rope_scaling"])
+def test_a_scaling_over_another_is_said_by_the_zoo(tmp_path: Path, old: dict, kind: str, scaling: str) -> None:
+    theirs = save(tmp_path / "hf", rope_parameters=old)
+    if scaling == "rope_scaling":
+        said = config(tmp_path / "hf")
+        del said["rope_parameters"]
+        said |= {"rope_theta": 1e4, "rope_scaling": {k: v for k, v in old.items() if k != "rope_theta"}}
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(said))
+    report = run(tmp_path / "hf", tmp_path / "zoo", attention=RULES, rope=RopeExtension(kind, factor=8.0))
+    assert report.verified is not None
+    said = config(tmp_path / "zoo")
+    step = {"type": kind, "factor": 8.0, "original_max_position_embeddings": 128}
+    assert said["moba"]["rope"] == [step]
+    assert said[scaling]["rope_type"] == old["rope_type"]
+    assert said["max_position_embeddings"] == 1024
+    ours, rotary = load(tmp_path / "zoo", attn="full"), theirs.model.rotary_emb
+    frequencies, rotary.attention_scaling = extend(rotary.inv_freq, rotary.attention_scaling, steps(step))
+    assert torch.equal(ours.model.rotary_emb.inv_freq, frequencies)
+    rotary.inv_freq = frequencies
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids(40)).logits, theirs(ids(40)).logits, rtol=0, atol=1e-5)
+    for source, rope in (("zoo", None), ("hf", RopeExtension(kind, factor=8.0))):
+        with pytest.raises(UnsupportedError, match=f"extended over a {old['rope_type']} rope, which a plain Hugging"):
+            run(tmp_path / source, tmp_path / "x", to="hf", rope=rope)
+    again = run(
+        tmp_path / "zoo", tmp_path / "again", attention=[{"top_k": 3}], rope=RopeExtension("linear", factor=2.0)
+    )
+    assert again.verified is not None
+    both = config(tmp_path / "again")["moba"]["rope"]
+    assert both == [step, {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 1024}]
+    longer = load(tmp_path / "again")
+    assert torch.equal(longer.model.rotary_emb.inv_freq, frequencies / 2)
+    longer.save_pretrained(tmp_path / "saved")
+    assert config(tmp_path / "saved")["moba"]["rope"] == both
+
+
+def steps(*said: dict) -> tuple:
+    return rope_steps({"rope": list(said)})
+
+
+def test_the_original_context_does_not_move(tmp_path: Path) -> None:
+    """transformers takes the current context where the original one is not said."""
+    save(tmp_path / "hf", rope_parameters=LLAMA3)
+    edit_config(tmp_path / "hf", rope_parameters={k: v for k, v in LLAMA3.items() if "original" not in k})
+    before = load(tmp_path / "hf").model.rotary_emb.inv_freq
+    run(tmp_path / "hf", tmp_path / "zoo", rope=RopeExtension("linear", factor=4.0))
+    assert config(tmp_path / "zoo")["rope_parameters"]["original_max_position_embeddings"] == 128
+    assert torch.equal(load(tmp_path / "zoo").model.rotary_emb.inv_freq, before / 4)
+
+
+@pytest.mark.parametrize(("limit", "want"), [(128, 512), (64, 512), (4096, 4096), (10**30, 10**30), (None, None)])
+def test_a_longer_context_raises_the_tokenizers_limit(
+    single: Path, tmp_path: Path, limit: object, want: object
+) -> None:
+    (single / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit, "x": "é"}))
+    run(single, tmp_path / "same", verify=False)
+    assert (tmp_path / "same" / "tokenizer_config.json").read_bytes() == (single / "tokenizer_config.json").read_bytes()
+    run(single, tmp_path / "zoo", rope=RopeExtension("yarn", factor=4.0), verify=False)
+    said = json.loads((tmp_path / "zoo" / "tokenizer_config.json").read_text())
+    assert said == {"model_max_length": want, "x": "é"}
+    check_manifest(tmp_path / "zoo")
 
 
 def test_kconv_starts_as_nothing_and_goes_while_it_is_nothing(sharded: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from mobazoo.checkpoint import verify as module
 from mobazoo.checkpoint.convert import convert
 from mobazoo.checkpoint.memory import available_memory
 from mobazoo.checkpoint.verify import VerificationError, verify
-from mobazoo.config.convert import ConvertRecipe
+from mobazoo.config.convert import ConvertRecipe, RopeExtension
 from mobazoo.errors import InputError
 
 from .factories import RULES, edit_config, listing, save
@@ -98,6 +98,18 @@ def test_frequencies(single: Path, zoo: Path, monkeypatch: pytest.MonkeyPatch) -
         verify(single, zoo)
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_frequencies_of_a_context_that_only_the_zoo_can_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    scaling = {"factor": 2.0, "rope_theta": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    save(tmp_path / "hf", rope_parameters={"rope_type": "llama3", "original_max_position_embeddings": 64, **scaling})
+    convert(ConvertRecipe(str(tmp_path / "hf"), str(tmp_path / "zoo"), rope=RopeExtension(kind, factor=4.0)))
+    monkeypatch.setattr("mobazoo.nn.rope.rope_steps", lambda _: ())  # a model that forgets what its config says
+    with pytest.raises(VerificationError, match="rotary frequencies differ from transformers'"):
+        verify(tmp_path / "hf", tmp_path / "zoo")
+
+
 def test_another_family(single: Path, tmp_path: Path) -> None:
     save(tmp_path / "qwen", "qwen3")
     with pytest.raises(VerificationError, match="is a qwen3, its source llama"):
@@ -108,6 +120,12 @@ def test_short_memory_is_said_before_anything_is_written(
     single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    written: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("mobazoo.checkpoint.convert.write_shards", lambda *args: written.append(args))
+        with pytest.raises(InputError, match="bytes of memory, 1,000 are available"):
+            convert(ConvertRecipe(str(single), str(tmp_path / "zoo")))
+    assert written == []
     with pytest.raises(InputError, match=r"needs 268,559,616 bytes of memory, 1,000 are available; .*verify=false"):
         convert(ConvertRecipe(str(single), str(tmp_path / "zoo")))
     assert [path.name for path in tmp_path.iterdir()] == ["single"]

@@ -104,7 +104,11 @@ def test_show_with_overrides_says_what_they_come_to() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["llama-tini"], "unknown model 'llama-tini'; did you mean 'llama-tiny'?"),
+        (
+            ["llama-tini"],
+            "model 'llama-tini': no such file, and none of that name is shipped; did you mean 'llama-tiny'?",
+        ),
+        (["./mine.yaml"], "model './mine.yaml': no such file, and none of that name is shipped"),
         (["./nothing"], "./nothing: no such folder"),
         (["llama-tiny", "--dtype", "int8"], "--dtype: want one of float32, bfloat16, float16, got 'int8'"),
         (["llama-tiny", "--device", "toaster"], "--device: want auto, cpu or cuda, got 'toaster'"),
@@ -130,6 +134,17 @@ def test_copy_writes_the_file_as_it_is_and_never_over_another(name: str, package
     assert "is there already; name another file or remove it" in again.stderr
     assert call("copy", name, str(tmp_path)).exit_code == 0
     assert (tmp_path / f"{name.split('/')[-1]}.yaml").read_text() == text
+
+
+def test_a_copied_model_can_be_changed_and_shown(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    assert call("copy", "llama3.1-8b", str(mine)).exit_code == 0
+    same = call("show", str(mine), "--device", "cpu")
+    assert same.exit_code == 0, same.output
+    assert rows(same.stdout) == rows(call("show", "llama3.1-8b", "--device", "cpu").stdout)
+    mine.write_text(mine.read_text().replace("num_hidden_layers: 32", "num_hidden_layers: 8"))
+    shown = call("show", str(mine), "attention[0].top_k=3", "--device", "cpu")
+    assert "0-4\t5\tmoba\t4096\t3\tfull" in shown.stdout
 
 
 def test_copy_errors(tmp_path: Path) -> None:

@@ -80,10 +80,13 @@ def test_convert_and_show(checkpoint: Path, tmp_path: Path) -> None:
     again = call(*args)
     assert again.exit_code == 2
     assert "exists" in again.stderr
-    shown = call("show", tmp_path / "zoo", "attention[0].top_k=2", "--device", "cpu").stdout
-    assert "0-1\t2\tmoba\t8\t2\tfull" in shown
-    wrong = call("show", tmp_path / "zoo", "attention[0].topk=2")
+    shown = call("show", tmp_path / "zoo", "attention=[{layers: 0, top_k: 2}]", "--device", "cpu").stdout
+    assert "0\t1\tmoba\t8\t2\tfull" in shown
+    assert "1\t1\tmoba\t8\t3\tfull" in shown
+    wrong = call("show", tmp_path / "zoo", "attention=[{topk: 2}]")
     assert "did you mean 'top_k'?" in wrong.stderr
+    plain = call("show", checkpoint, "--device", "cpu").stdout
+    assert "0-1\t2\tfull\t\t\tfull" in plain
 
 
 def test_generate_from_argument_file_and_stdin(checkpoint: Path, tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_generate_from_argument_file_and_stdin(checkpoint: Path, tmp_path: Path)
     assert [result.exit_code for result in found] == [0, 0, 0], found[0].output
     assert len({result.stdout for result in found}) == 1
     assert len(found[0].stdout.rstrip("\n")) >= 1
-    said = found[0].stderr.splitlines()
+    said = found[0].stderr.splitlines()[-2:]
     assert re.fullmatch(r"9 tokens read in [\d.]+ s \([\d.]+/s\), 4 written \([\d.]+/s\)", said[0]), said
     # All layers are full: the three tokens that are read again see 10, 11 and 12 keys.
     assert re.fullmatch(r"11 keys read per token and head, mean over layers; peak memory [\d.]+ [MG]iB", said[1]), said

@@ -167,13 +167,19 @@ def test_a_file_is_found_by_path_and_a_shipped_one_by_name(tmp_path: Path) -> No
     assert find("llama-tiny", MODELS).name == "llama/llama-tiny"
 
 
-def test_what_is_not_there_names_the_nearest(tmp_path: Path) -> None:
+def test_what_is_not_there_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"recipe 'moba-4096x13'.*did you mean 'moba-4096x12'\?"):
         find("moba-4096x13")
     with pytest.raises(InputError, match="`mobazoo recipes` lists what there is"):
         find("zzz")
     with pytest.raises(InputError, match="want a recipe file, got a folder"):
         find(tmp_path)
+    twice = {name: Source(name, name, "") for name in ("a/same", "b/same")}
+    with monkeypatch.context() as patch:
+        patch.setattr("mobazoo.config.shipped.shipped", lambda _: twice)
+        with pytest.raises(InputError, match="recipe 'same' is in several folders; say one of a/same, b/same"):
+            find("same")
+        assert find("same", folder="b").name == "b/same"
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read as text"):
         find(tmp_path / "binary.yaml")

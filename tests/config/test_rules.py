@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobazoo.attention import Full, MoBA
-from mobazoo.config.rules import LayerAttention, Rule, moba_rules, parse_rules, resolve, resolve_layer
+from mobazoo.config.rules import (
+    LayerAttention,
+    Rule,
+    join_rules,
+    moba_rules,
+    parse_rules,
+    resolve,
+    resolve_layer,
+)
 from mobazoo.errors import InputError
 
 PAPER = [
@@ -55,6 +63,40 @@ def test_a_layer_number_may_be_written_as_text() -> None:
     assert resolve(parse_rules([{"layers": "1", "decode": "moba"}]), 2)[1].decode == "moba"
 
 
+RULES = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "layers": st.sampled_from([":", "0", 1, "-2:", "::2", "0:"]),
+            "pattern": st.sampled_from(["full", "moba", None]),
+            "block_size": st.integers(1, 4),
+            "top_k": st.integers(1, 4),
+            "backend": st.sampled_from(["auto", "flash"]),
+            "decode": st.sampled_from(["full", "moba"]),
+            "kconv": st.sampled_from([0, 3]),
+        },
+    ),
+    max_size=5,
+)
+SIZES: dict[str, Any] = {"block_size": 9, "top_k": 9}  # so that moba always has its sizes
+
+
+@given(RULES, RULES)
+def test_joined_rules_are_the_later_ones_after_the_models_own(own: list[Any], later: list[Any]) -> None:
+    joined = join_rules([SIZES, *own], later)
+    assert resolve(parse_rules(joined), 4) == resolve(parse_rules([SIZES, *own, *later]), 4)
+    assert resolve(parse_rules(join_rules(joined, later)), 4) == resolve(parse_rules(joined), 4)
+    everywhere = [{"layers": ":", "pattern": "full", "backend": "auto", "decode": "full", "kconv": 0}, PAPER[0]]
+    assert join_rules(joined, [*everywhere, *later]) == join_rules([], [*everywhere, *later])  # lists do not grow
+
+
+def test_joining_says_whose_rule_is_wrong() -> None:
+    with pytest.raises(InputError, match=r"^moba.attention\[0\]: unknown key 'topk'"):
+        join_rules([{"topk": 3}], [])
+    with pytest.raises(InputError, match=r"^attention\[0\]: unknown key 'topk'"):
+        join_rules([*PAPER], [{"topk": 3}])
+
+
 def test_rules_as_plain_data_name_what_they_say() -> None:
     assert [rule.as_dict() for rule in parse_rules(PAPER)] == PAPER
 
@@ -64,7 +106,7 @@ def test_rules_as_plain_data_name_what_they_say() -> None:
     [
         ([{"topk": 3}], r"attention\[0\]: unknown key 'topk'; did you mean 'top_k'\?"),
         ([{}, {"zzz": 3}], r"attention\[1\]: unknown key 'zzz'; known: layers, pattern, block_size, top_k, backend, "),
-        (["moba"], r"attention\[0\]: want a mapping like .*, got 'moba'"),
+        (["moba"], r"attention\[0\]: want a mapping like {layers: ':', pattern: moba, ...}, got 'moba'"),
         ("moba", r"attention: want a list of rules .*, got 'moba'"),
         ({"pattern": "moba"}, r"attention: want a list of rules"),
         (3, r"attention: want a list of rules .*, got 3"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
 
 import mobazoo
 from mobazoo.attention import Segments
@@ -185,6 +187,25 @@ def test_wrong_rules_name_the_nearest_key() -> None:
     model.config.moba = {"attentions": []}
     with refuse("moba: unknown key 'attentions'; did you mean 'attention'", mobazoo.InputError):
         model(ids(1, 4))
+
+
+def test_contexts_that_only_the_zoo_computes() -> None:
+    model = stock("llama", "moba", MOBA)
+    model.config.moba["rope"] = [{"type": "linear", "factor": 2.0, "original_max_position_embeddings": 256}]
+    with refuse("moba.rope extends the context in a way that a stock model does not compute; use mobazoo.load"):
+        model(ids(1, 4))
+
+
+@pytest.mark.parametrize("family", STOCKS)
+def test_rules_come_from_the_folders_own_config(family: str, tmp_path: Path) -> None:
+    """``from_pretrained`` alone: the folder stays an ordinary one of its type."""
+    stock(family, "eager", MOBA).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert (said["model_type"], said["moba"]) == (family, {"attention": MOBA})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="moba")
+    assert type(loaded) is STOCK[family]
+    assert error(loaded(ids(1, 40)).logits, stock(family, "moba", MOBA)(ids(1, 40)).logits) <= 1e-6
+    assert error(loaded(ids(1, 40)).logits, stock(family, "eager")(ids(1, 40)).logits) > 1e-2
 
 
 def test_key_convolution_needs_a_zoo_model() -> None:

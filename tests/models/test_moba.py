@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from mobazoo.attention import Full, MoBA
 from tests.models.tiny import FAMILIES, MOBA, error, ids, ours, padded
 
 SPARSE = [{"layers": ":", "pattern": "moba", "block_size": 4, "top_k": 3, "decode": "moba"}]
@@ -37,6 +38,19 @@ def test_moba_differs_and_changes_no_weight(family: str) -> None:
     model.set_attention([*MOBA, {"layers": ":", "pattern": "full"}])
     assert torch.equal(model(tokens).logits, full)
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_setting_rules_sets_all_of_them() -> None:
+    """So that a model can be put back as it was."""
+    own = [*MOBA, {"layers": -1, "pattern": "full"}]
+    model = ours("llama", own)
+    model.set_attention([{"layers": 0, "pattern": "moba", "block_size": 4, "top_k": 1, "decode": "moba"}])
+    assert [layer.self_attn.layer.pattern for layer in model.model.layers] == [MoBA(4, 1), Full(), Full()]
+    model.set_attention([])
+    assert {layer.self_attn.layer.pattern for layer in model.model.layers} == {Full()}
+    model.set_attention(own)
+    assert model.config.moba == {"attention": own}
+    assert tuple(layer.self_attn.layer for layer in model.model.layers) == ours("llama", own).config.attention_layers()
 
 
 @pytest.mark.parametrize("attn", ["moba", "moba_naive"])

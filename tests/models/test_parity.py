@@ -30,6 +30,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": LINEAR}),
     ("llama", {"rope_parameters": LLAMA3}),
     ("llama", {"rope_theta": 500000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}),
+    ("llama", {"rope_parameters": YARN}),
     ("qwen2", {"rope_parameters": YARN}),
     ("qwen3", {"rope_parameters": YARN}),
     ("llama", {"rms_norm_eps": 1e-2}),
@@ -54,18 +55,27 @@ def test_logits_loss_and_gradients(family: str, fields: dict[str, Any]) -> None:
         assert (parameter.grad - wants[name].grad).abs().max() <= 1e-5 * scale + 1e-8, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_generation_token_by_token(family: str) -> None:
-    mine, theirs = pair(family)
+# What is asked of whole runs: each family, each rope scaling, tied embeddings.
+RUNS: list[tuple[str, dict[str, Any]]] = [
+    *[(family, {}) for family in FAMILIES],
+    *[("llama", {"rope_parameters": rope}) for rope in (LINEAR, LLAMA3, YARN)],
+    ("qwen2", {"rope_parameters": YARN}),
+    ("qwen3", {"tie_word_embeddings": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "fields"), RUNS, ids=str)
+def test_greedy_generation_token_by_token(family: str, fields: dict[str, Any]) -> None:
+    mine, theirs = pair(family, **fields)
     options: Any = {"do_sample": False, "max_new_tokens": 12, "output_logits": True, "return_dict_in_generate": True}
     got, want = mine.generate(ids(2, 20), **options), theirs.generate(ids(2, 20), **options)
     assert torch.equal(got.sequences, want.sequences)
     assert error(torch.stack(got.logits), torch.stack(want.logits)) <= 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_left_padded_batches(family: str) -> None:
-    mine, theirs = pair(family)
+@pytest.mark.parametrize(("family", "fields"), RUNS, ids=str)
+def test_left_padded_batches(family: str, fields: dict[str, Any]) -> None:
+    mine, theirs = pair(family, **fields)
     tokens, mask = padded(ids(3, 24), [24, 10, 1], "left")
     got, want = mine(tokens, attention_mask=mask).logits, theirs(tokens, attention_mask=mask).logits
     assert error(got[mask.bool()], want[mask.bool()]) <= 1e-5
@@ -84,16 +94,40 @@ def test_packed_rows(family: str) -> None:
     assert error(mine(tokens, position_ids=position_ids, **bounds).logits, want) <= 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_low_precision_is_no_worse_than_theirs(family: str) -> None:
+@pytest.mark.parametrize(("family", "fields"), RUNS, ids=str)
+def test_low_precision_is_no_worse_than_theirs(family: str, fields: dict[str, Any]) -> None:
     """Root mean square error against float64; 1.1 is room for another order of the same roundings."""
-    mine, theirs = pair(family, attn="sdpa")
+    mine, theirs = pair(family, attn="sdpa", **fields)
     tokens = ids(4, 64)
-    exact = stock(family, "eager").double()
+    exact = stock(family, "eager", **fields).double()
     exact.load_state_dict({name: value.bfloat16() for name, value in mine.state_dict().items()})
     want = exact(tokens).logits
-    errors = [(model.bfloat16()(tokens).logits - want).square().mean().sqrt().item() for model in (mine, theirs)]
+    frequencies = theirs.model.rotary_emb.inv_freq.clone()
+    errors = []
+    for model in (mine.bfloat16(), theirs.bfloat16()):
+        model.model.rotary_emb.inv_freq = frequencies  # as from_pretrained has them; a cast rounds transformers'
+        errors.append((model(tokens).logits - want).square().mean().sqrt().item())
     assert errors[0] <= 1.1 * errors[1]
+
+
+@pytest.mark.parametrize(
+    ("step", "theirs"),
+    [
+        ({"type": "linear", "factor": 4.0}, LINEAR),
+        ({"type": "yarn", "factor": 4.0}, {**YARN, "original_max_position_embeddings": 4096, "truncate": False}),
+    ],
+    ids=["linear", "yarn"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contexts_extended_by_the_zoo_as_far_as_transformers_can_say_it(
+    family: str, step: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    mine = ours(family, rope=[{**step, "original_max_position_embeddings": 4096}])
+    other = stock(family, "eager", rope_parameters=theirs)
+    other.load_state_dict(mine.state_dict())
+    tokens = ids(2, 200)
+    assert error(mine(tokens).logits, other(tokens).logits) <= 1e-5
+    assert error(mine(tokens).logits, ours(family)(tokens).logits) > 1e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
 
 from mobazoo.attention import Full, MoBA
-from mobazoo.config.models import model_entry, model_names, parse_entry
-from mobazoo.errors import InputError
+from mobazoo.config.models import ModelEntry, model_entry, model_names, parse_entry
+from mobazoo.config.shipped import MODELS, Source, shipped
+from mobazoo.errors import InputError, MobazooError
 from mobazoo.zoo import build, families, make_config
 from tests.models.tiny import STOCK, ids
 
 GOOD = """
+family: llama
 licence: MIT
 parameters: 10
 config: {hidden_size: 8, rope_parameters: {rope_type: default, rope_theta: 10000.0}}
@@ -40,6 +44,8 @@ def test_a_model_file_is_the_model_it_names(name: str) -> None:
     assert {n: p.shape for n, p in mine.state_dict().items()} == {n: p.shape for n, p in theirs.state_dict().items()}
     assert {p.device.type for p in mine.parameters()} == {"meta"}
     assert (entry.source is None) == name.endswith("-tiny")
+    assert entry.licence
+    assert f"{entry.family}/{name}" in shipped(MODELS)
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -78,43 +84,67 @@ def test_overrides_reach_into_lists() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("top_k", "override 'top_k': want key=value"),
-        ("=3", "override '=3': want key=value"),
-        ("attention[9].top_k=3", r"override 'attention\[9\].top_k=3': "),
-        ("parameters=[", r"override 'parameters=\[': "),
-        ("licence=${oc.env:HOME}", r"override licence: \$\{...\} is not allowed"),
-        ("attentions=[]", "model llama-tiny: unknown key 'attentions'; did you mean 'attention'"),
-        ("attention[0].topk=3", "unknown key 'topk'; did you mean 'top_k'"),
-        ("parameters=many", "model llama-tiny.parameters: want int, got 'many'"),
-        ("attention=moba", "moba.attention: want a list of rules"),
+        ("attention[9].top_k=3", "attention has 2 items, counted from 0"),
+        ("licence=${oc.env:HOME}", "${...} is refused"),
+        ("attentions=[]", "unknown key 'attentions'; did you mean 'attention'?"),
+        ("attention[0].topk=3", "attention[0]: unknown key 'topk'; did you mean 'top_k'?"),
+        ("parameters=many", "parameters: want an integer, got 'many'"),
+        ("attention=moba", "attention: want a list, got 'moba'"),
     ],
 )
 def test_overrides_that_cannot_be_used(override: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=re.escape(f"override {override!r}: {message}")):
         model_entry("llama-tiny", [override])
+
+
+def parse(text: str) -> ModelEntry:
+    return parse_entry(Source("x", "x.yaml", text))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("licence: MIT", "license: MIT"), "model x: unknown key 'license'; did you mean 'licence'"),
-        (("licence: MIT", ""), "model x.licence: want str, got None"),
-        (("top_k: 2", "top_k: '${a}'"), r"model x.attention\[0\].top_k: \$\{...\} is not allowed, got '\$\{a\}'"),
-        ((GOOD, "- a\n- b"), "model x: want a mapping with config"),
-        ((GOOD, "a: [b"), "model x: not YAML: "),
+        (("licence: MIT", "license: MIT"), "x.yaml:3: unknown key 'license'; did you mean 'licence'?"),
+        (("family: llama", ""), "x.yaml: family: missing; give it in the recipe or on the command line as family=..."),
+        (("top_k: 2", "top_k: '${a}'"), "x.yaml:6: ${...} is refused"),
+        ((GOOD, "- a\n- b"), "x.yaml: want a mapping of keys, got a list"),
+        ((GOOD, "a: [b"), "x.yaml:1: not YAML: "),
     ],
 )
 def test_files_that_cannot_be_read(change: tuple[str, str], message: str) -> None:
-    parse_entry("x", "llama", GOOD)
-    with pytest.raises(InputError, match=message):
-        parse_entry("x", "llama", GOOD.replace(*change))
+    parse(GOOD)
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse(GOOD.replace(*change))
 
 
 def test_unknown_names_and_fields() -> None:
-    with pytest.raises(InputError, match=r"unknown model 'llama3\.1-8'; did you mean 'llama3\.1-8b'"):
+    with pytest.raises(InputError, match=r"model 'llama3\.1-8': no such file, .*; did you mean 'llama3\.1-8b'"):
         model_entry("llama3.1-8")
-    with pytest.raises(InputError, match="unknown model 'zzzzz'; known: llama-tiny, "):
+    with pytest.raises(InputError, match=r"model 'zzzzz': no such file, .*; `mobazoo models` lists what there is"):
         model_entry("zzzzz")
-    entry = parse_entry("x", "llama", GOOD.replace("hidden_size", "hiden_size"))
     with pytest.raises(InputError, match=r"model x.config: unknown key 'hiden_size'; did you mean 'hidden_size'"):
-        make_config(entry)
+        make_config(parse(GOOD.replace("hidden_size", "hiden_size")))
+    with pytest.raises(InputError, match="model x: family 'lama' is not in the zoo; did you mean 'llama'"):
+        make_config(parse(GOOD.replace("llama", "lama")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("hidden_size: 8", "hidden_size: wide"), r"^model x.config: "),
+        (("hidden_size: 8", "num_attention_heads: 0"), r"^model x.config: "),
+        (("hidden_size: 8", "hidden_size: -32"), r"^model x.config describes no model: "),
+        (("rope_type: default", "rope_type: dynamic, factor: 2.0"), r"^model x: rope type 'dynamic' is not supported"),
+    ],
+)
+def test_values_that_no_model_has(change: tuple[str, str], message: str) -> None:
+    with pytest.raises(MobazooError, match=message) as caught:
+        build(parse(GOOD.replace(*change)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(shipped(MODELS)["qwen3/qwen3-tiny"].text.replace("2048", "100"))
+    entry = model_entry(tmp_path / "mine.yaml", ["config.num_hidden_layers=2", "attention=[]"])
+    assert (entry.name, entry.family, entry.attention) == ("mine", "qwen3", [])
+    assert build(entry, "cpu")(ids(1, 20)).logits.shape == (1, 20, 100)

@@ -53,9 +53,16 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
             parameter.copy_(noise * 0.15 if parameter.dim() > 1 else 0.3 * noise + (parameter == 1))
 
 
-def ours(family: str, rules: list[dict[str, Any]] | None = None, seed: int = 0, **fields: Any) -> PreTrainedModel:
-    """A zoo model with random weights, in eval mode; ``rules=None`` is full attention."""
-    config = family_class(family, "Config")(**(sizes(family) | fields), moba={"attention": rules or []})
+def ours(
+    family: str,
+    rules: list[dict[str, Any]] | None = None,
+    seed: int = 0,
+    rope: list[dict[str, Any]] | None = None,
+    **fields: Any,
+) -> PreTrainedModel:
+    """A zoo model with random weights, in eval mode; ``rules=None`` is full attention, ``rope`` extends its context."""
+    moba = {"attention": rules or []} | ({"rope": rope} if rope else {})
+    config = family_class(family, "Config")(**(sizes(family) | fields), moba=moba)
     model = family_class(family, "ForCausalLM")(config)
     randomise(model, seed)
     return model.eval()

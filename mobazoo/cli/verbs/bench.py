@@ -1,19 +1,69 @@
-"""``mobazoo bench``: hands its arguments to ``mobazoo.bench``, whose options need torch to be known."""
+"""``mobazoo bench``: by a recipe on a checkpoint, or by the options of ``mobazoo.bench``, which need torch."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
 
 import typer
 
-PLACE = ("3 Measure", 1)
-EXAMPLES = "Example: mobazoo bench --length 16384 --block-size 128 --top-k 8 --backward"
-# Its own `--help` lists the options.
+from mobazoo.cli.output import progress, table
+from mobazoo.cli.work import Outcome, work
+from mobazoo.config.bench import BenchRecipe
+from mobazoo.config.recipe import load_recipe
+
+PLACE = ("3 Measure", 2)
+EXAMPLES = """Example: mobazoo bench prefill model=./Llama-3.1-8B-moba lengths='[8192, 32768]'
+
+Example: mobazoo bench --length 16384 --block-size 128 --top-k 8 --backward"""
+# `mobazoo.bench` has a `--help` of its own that lists its options.
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+DRY_RUN = "--dry-run"
 
 
 def main(context: typer.Context) -> None:
-    """Time MoBA against full attention on this machine."""
-    code = import_module("mobazoo.bench").app(context.args, prog_name="mobazoo bench", standalone_mode=False)
+    """Time MoBA against full attention on this machine: a checkpoint by a recipe, or attention alone by options."""
+    words = context.args
+    if words and not words[0].startswith("-"):
+        recipe, *overrides = (word for word in words if word != DRY_RUN)
+        work(sys.modules[__name__], recipe, overrides, DRY_RUN in words)
+        return
+    code = import_module("mobazoo.bench").app(words, prog_name="mobazoo bench", standalone_mode=False)
     if code:
         raise typer.Exit(code)
+
+
+def resolve(recipe: str, overrides: Sequence[str]) -> BenchRecipe:
+    """The recipe, from recipes/bench if it is only named."""
+    resolved = load_recipe(recipe, overrides, BenchRecipe, folder="bench")
+    resolved.check()
+    return resolved
+
+
+def plan(recipe: BenchRecipe) -> list[str]:
+    """What would happen."""
+    lengths = ", ".join(map(str, recipe.lengths))
+    lines = [f"would load {recipe.model}", f"would time prefill of {lengths} tokens, {recipe.rounds} rounds"]
+    return [*lines, f"would write {recipe.dest}"] if recipe.dest else lines
+
+
+def execute(recipe: BenchRecipe) -> Outcome:
+    """Times, with a bar on a terminal, and prints the table."""
+    with progress() as update:
+        found = import_module("mobazoo.prefill").time_prefill(recipe, update)
+    rows = [
+        (
+            row["length"],
+            f"{row['full_median_s']:.3f}",
+            f"{row['moba_median_s']:.3f}",
+            f"{row['speedup']:.2f}",
+            f"{row['speedup_min']:.2f} to {row['speedup_max']:.2f}",
+            f"{100 * row['share_read']:.3g} %",
+        )
+        for row in found["prefill"]
+    ]
+    header = ("tokens", "full s", "MoBA s", "times faster", "range", "keys")
+    table(f"Prefill of {recipe.model}, medians of {recipe.rounds} rounds", header, rows)
+    last = rows[-1]
+    return Outcome(f"prefill of {last[0]} tokens {last[3]} times as fast", [recipe.dest] if recipe.dest else [])

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mobazoo.cli.output import note, size
-from mobazoo.cli.work import DryRun, Overrides, show_plan
+from mobazoo.cli.output import note, progress, size
+from mobazoo.cli.work import DryRun, Outcome, Overrides, show_plan
 from mobazoo.config.generate import GenerateRecipe
 from mobazoo.config.recipe import parse_recipe
 from mobazoo.config.rules import DECODES
@@ -37,17 +38,12 @@ def main(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Write text after a prompt, which is an option, a file or stdin."""
+    """Write text after a prompt, which is an option, a file, in the recipe, or stdin."""
     recipe = resolve(model, overrides or [])
     if dry_run:
         show_plan(recipe, plan(recipe))
         return
-    text = _prompt(prompt, prompt_file)
-    loaded, tokenizer = _load(recipe)
-    report: Report = import_module("mobazoo.generate").generate(loaded, tokenizer, text, recipe, _write)
-    print(flush=True)
-    for line in summary(report):
-        note(line)
+    _run(recipe, _prompt(prompt, prompt_file, recipe.prompt))
 
 
 def summary(report: Report) -> list[str]:
@@ -83,21 +79,61 @@ def _parse(model: str, overrides: Sequence[str]) -> GenerateRecipe:
 
 
 def plan(recipe: GenerateRecipe) -> list[str]:
-    """What would happen."""
+    """What would happen. A folder that is here is checked; the Hub is not asked."""
+    folder = Path(recipe.model).expanduser()
+    if folder.is_dir():
+        import_module("mobazoo.checkpoint.folder").open_folder(folder)
+        import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(folder)
     lines = [f"would load {recipe.model} and write up to {recipe.max_new_tokens} tokens after the prompt"]
     if recipe.prefill_chunk is not None:
         lines.append(f"would read the prompt {recipe.prefill_chunk} tokens at a time")
     if recipe.offload is not None:
         where = "host memory" if recipe.offload == "host" else f"mapped files in {recipe.offload}"
         lines.append(f"would keep keys and values in {where}")
-    return lines
+    return [*lines, f"would write {recipe.dest}"] if recipe.dest else lines
 
 
-def _prompt(text: str | None, file: Path | None) -> str:
+def execute(recipe: GenerateRecipe) -> Outcome:
+    """As a stage of a run: the prompt is in the recipe.
+
+    Raises:
+        InputError: it is not.
+    """
+    if recipe.prompt is None:
+        raise InputError("prompt: missing; as a stage of a run it stands in the recipe")
+    report = _run(recipe, recipe.prompt)
+    return Outcome(f"{report.new_tokens} tokens after {report.prompt_tokens}", [recipe.dest] if recipe.dest else [])
+
+
+def _run(recipe: GenerateRecipe, prompt: str) -> Report:
+    pieces: list[str] = []
+
+    def write(text: str) -> None:
+        pieces.append(text)
+        print(text, end="", flush=True)
+
+    folder = import_module("mobazoo.checkpoint.hub").locate(recipe.model)
+    import_module("mobazoo.checkpoint.folder").open_folder(folder)  # what is no checkpoint is said first
+    tokenizer = import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(folder)
+    decode = [] if recipe.decode is None else [{"layers": ":", "decode": recipe.decode}]
+    said = {"attention": [*recipe.attention, *decode], "device": recipe.device, "dtype": recipe.dtype}
+    with progress() as update:
+        model = import_module("mobazoo.checkpoint.ready").ready_model(folder, progress=update, **said)
+    report: Report = import_module("mobazoo.generate").generate(model, tokenizer, prompt, recipe, write)
+    print(flush=True)
+    for line in summary(report):
+        note(line)
+    if recipe.dest is not None:
+        found = {"generate": {"prompt": prompt, "text": "".join(pieces), **asdict(report)}}
+        import_module("mobazoo.results").write_result(recipe.dest, "generate", recipe, found)
+    return report
+
+
+def _prompt(text: str | None, file: Path | None, said: str | None) -> str:
     if text is not None and file is not None:
         raise InputError("--prompt and --prompt-file: want one of them, got both")
-    if text is not None:
-        return text
+    if text is not None or (file is None and said is not None):
+        return text if text is not None else str(said)
     try:
         if file is not None:
             return file.read_text("utf-8")
@@ -106,25 +142,3 @@ def _prompt(text: str | None, file: Path | None) -> str:
         return sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompt {file or 'on stdin'}: cannot be read as text: {error}") from None
-
-
-def _load(recipe: GenerateRecipe) -> tuple[Any, Any]:
-    given = {"attention": recipe.attention or None, "dtype": recipe.dtype}
-    device = recipe.device
-    if device == "auto":
-        device = "cuda" if import_module("torch").cuda.is_available() else "cpu"
-    folder = import_module("mobazoo.checkpoint.hub").locate(recipe.model)
-    said = {name: value for name, value in given.items() if value is not None}
-    loaded = import_module("mobazoo.checkpoint.load").load(folder, device=device, **said)
-    if recipe.decode is not None:
-        rules = (loaded.config.moba or {}).get("attention") or []
-        loaded.set_attention([*rules, {"layers": ":", "decode": recipe.decode}])
-    try:
-        tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no tokenizer that loads: {str(error).splitlines()[0]}") from None
-    return loaded, tokenizer
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)

@@ -24,7 +24,7 @@ def main() -> None:
         config = entry.config
         heads = f"{config['num_attention_heads']}/{config['num_key_value_heads']}"
         context = tokens(config["max_position_embeddings"])
-        size, setting = count(entry.parameters), said(entry.attention)
+        size, setting = count(entry.parameters or 0), said(entry.attention)
         rows.append((name, size, config["num_hidden_layers"], heads, context, setting, entry.source, entry.licence))
     table("Models; `mobazoo show NAME` for one", HEADER, rows)
 

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 PLACE = ("1 Look", 3)
 EXAMPLES = """Example: mobazoo show llama3.1-8b attention[0].top_k=8
 
-Example: mobazoo show ./Llama-3.1-8B-moba --device cuda --dtype float16"""
+Example: mobazoo show ./Llama-3.1-8B-moba 'attention=[{backend: flash}]' --device cuda --dtype float16"""
 
 
 def main(
-    model: Annotated[str, typer.Argument(metavar="NAME|FOLDER", help="From `mobazoo models`, a folder or a Hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="NAME|FILE|FOLDER", help="From `mobazoo models`, a model file, a folder or a Hub id."),
+    ],
     overrides: Overrides = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda: what the backends are chosen for.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Of cache and backends; the checkpoint's own otherwise.")] = None,

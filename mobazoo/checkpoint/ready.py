@@ -1,0 +1,30 @@
+"""A model on the device that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mobazoo.checkpoint.load import Progress, load
+from mobazoo.nn.causal_lm import MobaForCausalLM
+
+
+def ready_model(
+    name: str | Path,
+    *,
+    attention: Sequence[Mapping[str, Any]] = (),
+    device: str = "auto",
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> MobaForCausalLM:
+    """``load``, where ``auto`` is a GPU if there is one.
+
+    Raises:
+        InputError, UnsupportedError: as ``load``.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load(name, attention=attention, device=device, dtype=dtype, progress=progress)

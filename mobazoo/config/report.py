@@ -1,0 +1,20 @@
+"""The recipe of ``mobazoo report``. Plain data: importing this needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRecipe:
+    """One page about a run.
+
+    Attributes:
+        run: folder of the run, with the JSON results of its stages.
+        dest: HTML file (None: ``report.html`` in that folder).
+        title: heading of the page.
+    """
+
+    run: str
+    dest: str | None = None
+    title: str = "MoBA: what it costs and what it saves"

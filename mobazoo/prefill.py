@@ -1,0 +1,94 @@
+"""How long a checkpoint takes to read a prompt, with full attention and with its own rules, in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobazoo.attention import MoBA
+from mobazoo.checkpoint.ready import ready_model
+from mobazoo.config.bench import BenchRecipe
+from mobazoo.errors import InputError
+from mobazoo.explain import share_read
+from mobazoo.nn.causal_lm import MobaForCausalLM
+from mobazoo.results import write_result
+
+FULL = ({"layers": ":", "pattern": "full", "backend": "auto"},)
+
+
+def time_prefill(recipe: BenchRecipe, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """Times the forward that fills the cache and gives the last token's logits.
+
+    A round times full attention and then the rules; a ratio belongs to its round, so that a machine whose speed drifts
+    favours neither. Prompts are random tokens.
+
+    Returns:
+        ``prefill``, for every length the seconds of each round, their medians and the median ratio.
+
+    Raises:
+        InputError: a recipe or model that cannot be used.
+    """
+    recipe.check()
+    model = ready_model(recipe.model, attention=recipe.attention, device=recipe.device, dtype=recipe.dtype)
+    limit = model.config.max_position_embeddings
+    if max(recipe.lengths) > limit:
+        raise InputError(
+            f"bench.lengths: want at most {limit}, the positions of {recipe.model}, got {max(recipe.lengths)}"
+        )
+    if not any(isinstance(layer.pattern, MoBA) for layer in model.config.attention_layers()):
+        raise InputError(
+            f"bench.attention: no layer of {recipe.model} has MoBA, so there is nothing to compare; convert it, or "
+            "give rules like attention='[{pattern: moba, block_size: 512, top_k: 3}]'"
+        )
+    own = [rule.as_dict() for rule in model.config.attention_rules()]
+    rows, total = [], len(recipe.lengths) * (recipe.rounds + 1)
+    for number, length in enumerate(recipe.lengths):
+        ids = _prompt(length, model)
+        full, moba = [], []
+        for time_number in range(recipe.rounds + 1):  # the first one warms up
+            full.append(_seconds(model, ids, [*own, *FULL]))
+            moba.append(_seconds(model, ids, own))
+            progress("prefill", number * (recipe.rounds + 1) + time_number + 1, total)
+        share = float(share_read(model.config.attention_layers(), length))
+        rows.append({"length": length, "share_read": share, **summary(full[1:], moba[1:])})
+    found = {"prefill": rows}
+    if recipe.dest is not None:
+        write_result(recipe.dest, "bench", recipe, found)
+    return found
+
+
+def summary(full: Sequence[float], moba: Sequence[float]) -> dict[str, Any]:
+    """Medians of paired seconds and of their ratios.
+
+    Example:
+        >>> summary([2.0, 9.0, 4.0], [1.0, 3.0, 1.0])["speedup"]
+        3.0
+    """
+    ratios = [one / other for one, other in zip(full, moba, strict=True)]
+    return {
+        "full_s": list(full),
+        "moba_s": list(moba),
+        "full_median_s": median(full),
+        "moba_median_s": median(moba),
+        "speedup": median(ratios),
+        "speedup_min": min(ratios),
+        "speedup_max": max(ratios),
+    }
+
+
+def _prompt(length: int, model: MobaForCausalLM) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def _seconds(model: MobaForCausalLM, ids: Tensor, rules: Sequence[Mapping[str, Any]]) -> float:
+    model.set_attention(rules)
+    begin = time.perf_counter()
+    model(ids, use_cache=True, logits_to_keep=1).logits.sum().item()  # .item() waits for the device
+    return time.perf_counter() - begin

@@ -1,0 +1,128 @@
+"""Results as JSON files: what was measured, by which command and recipe, with what and on what kind of machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mobazoo._version import __version__
+from mobazoo.config.recipe import plain
+from mobazoo.errors import InputError
+
+_SIGN = "mobazoo"  # the key that tells a result from any other JSON file
+
+
+def write_result(dest: str | Path, kind: str, recipe: Any, found: Mapping[str, Any]) -> Path:
+    """Writes one result; ``dest`` appears complete or stays as it was.
+
+    Args:
+        dest: JSON file; its folder is made.
+        kind: what was measured: ``eval``, ``bench``, ``generate``.
+        recipe: as resolved.
+        found: the figures, as plain JSON.
+
+    Raises:
+        InputError: a place that cannot be written.
+    """
+    path = Path(dest).expanduser()
+    said = {_SIGN: kind, "command": command(), "recipe": plain(recipe), "machine": machine(), **found}
+    write_whole(path, json.dumps(said, separators=(",", ":")) + "\n")
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file beside its place and renames it when it is on disk.
+
+    Raises:
+        InputError: a place that cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror}; give another dest") from None
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results that lie directly in a folder, by file name without ``.json``; other JSON files are passed over.
+
+    Raises:
+        InputError: a file that is not JSON.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            said = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+        if isinstance(said, dict) and _SIGN in said:
+            found[path.stem] = said
+    return found
+
+
+def command() -> str:
+    """The command line that is running, as somebody would type it."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["mobazoo" if program == "__main__.py" else program, *sys.argv[1:]])
+
+
+def machine() -> dict[str, str]:
+    """What figures depend on; nothing that tells whose machine it is."""
+    return {
+        "cpu": _cpu(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "transformers": _installed("transformers"),
+        "python": platform.python_version(),
+        "mobazoo": __version__,
+        "commit": _commit() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(named), platform.processor() or platform.machine())
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _commit() -> str | None:
+    """The commit of this checkout; None for an installed package, which may lie in somebody else's repository."""
+    here = Path(__file__)
+    for arguments in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty"]):
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        if done.returncode:
+            return None
+    return done.stdout.strip() or None

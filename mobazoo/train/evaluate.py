@@ -1,0 +1,98 @@
+"""Loss on held-out rows, and how it falls along a document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.functional import cross_entropy
+
+from mobazoo.data.collate import IGNORED, Collator
+from mobazoo.data.rows import Rows
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Mean losses in nats per token.
+
+    Attributes:
+        loss: over all tokens that are learned.
+        trailing: over those in the last quarter of a row's length, where a document reaches that far.
+        by_position: ``{"first-last": loss}`` over positions inside a document; ranges double in size.
+        tokens: tokens measured.
+    """
+
+    loss: float
+    trailing: float | None
+    by_position: dict[str, float]
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    rows: Rows,
+    batch: int,
+    device: torch.device,
+    progress: Progress | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Losses:
+    """Measures the loss on every row.
+
+    Args:
+        model: a zoo model; its mode is put back afterwards.
+        rows: what to measure on.
+        batch: rows in a forward.
+        device: where the model is.
+        progress: told ``("evaluate", rows done, rows)``.
+        rank: number of this process.
+        world: processes, which share the rows and all get the result.
+    """
+    training = model.training
+    model.eval()
+    collate = Collator(rows.length)
+    total = torch.zeros(rows.length, dtype=torch.float64)
+    count = torch.zeros(rows.length, dtype=torch.float64)
+    for start in range(0, len(rows), batch * world):
+        own = range(start + rank, min(start + batch * world, len(rows)), world)
+        # A process without a row left runs one all the same, because the others wait for it.
+        chosen = [rows[i] for i in own] or [rows[0]]
+        given: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(chosen).items()}
+        labels: Tensor = given.pop("labels")
+        positions: Tensor = given.get("position_ids", torch.arange(rows.length, device=device).expand_as(labels))
+        logits = model(**given, use_cache=False).logits
+        losses = cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        kept = (labels[:, 1:].flatten() != IGNORED) & bool(own)
+        at = positions[:, 1:].flatten()[kept].cpu()
+        total.index_add_(0, at, losses[kept].double().cpu())
+        count.index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
+        if progress is not None:
+            progress("evaluate", min(start + batch * world, len(rows)), len(rows))
+    model.train(training)
+    if world > 1:
+        sums = torch.stack([total, count]).to(device)
+        distributed.all_reduce(sums)
+        total, count = sums.cpu()
+    return summary(total, count)
+
+
+def summary(total: Tensor, count: Tensor) -> Losses:
+    """Means from sums and counts by position, ``[length]`` float64 each."""
+    length, by_position = len(total), {}
+    first, last = 0, 64
+    while first < length:
+        end = min(last, length)
+        if count[first:end].sum():
+            by_position[f"{first}-{end - 1}"] = float(total[first:end].sum() / count[first:end].sum())
+        first, last = last, 2 * last
+    tail = slice(length - length // 4, length)
+    trailing = float(total[tail].sum() / count[tail].sum()) if count[tail].sum() else None
+    return Losses(float(total.sum() / count.sum().clamp(min=1)), trailing, by_position, int(count.sum()))

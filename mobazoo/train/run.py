@@ -1,0 +1,305 @@
+"""``train``: one run from recipe to checkpoint folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mobazoo._version import __version__
+from mobazoo.checkpoint.folder import read_json
+from mobazoo.checkpoint.place import METRICS, free_place
+from mobazoo.config.recipe import plain
+from mobazoo.config.rules import LayerAttention
+from mobazoo.config.train import TrainRecipe
+from mobazoo.data.collate import Collator
+from mobazoo.data.documents import read_documents
+from mobazoo.data.rows import Rows
+from mobazoo.data.tokens import tokenize
+from mobazoo.errors import Stopped
+from mobazoo.explain import groups
+from mobazoo.nn.causal_lm import MobaForCausalLM
+from mobazoo.train.checkpoints import STATE, check_identity, clear, newest, owned, step_of
+from mobazoo.train.engine import Finite, Runner, Saver, arguments, require_accelerate
+from mobazoo.train.evaluate import Losses, evaluate
+from mobazoo.train.export import export, write_model
+from mobazoo.train.metrics import Log, Metrics, share_of_keys
+from mobazoo.train.order import Order
+from mobazoo.train.schedule import Switch
+from mobazoo.train.setup import Setup, make_model, prepare
+from mobazoo.train.state import whole_weights
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """What a recipe comes to.
+
+    Attributes:
+        parameters: of the model.
+        steps: of the optimizer.
+        rows: in all steps.
+        tokens: in all steps, padding included.
+        random: whether the model starts with random weights.
+    """
+
+    parameters: int
+    steps: int
+    rows: int
+    tokens: int
+    random: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a run did.
+
+    Attributes:
+        dest: the folder that is now there.
+        steps: of the optimizer.
+        tokens: in all steps, padding included.
+        rows: rows the data makes; more steps than that see them again.
+        padding: share of slots that are padding.
+        loss: mean training loss since the last line of the log.
+        validation: at the end, if there is validation data.
+        seconds: time taken.
+    """
+
+    dest: Path
+    steps: int
+    tokens: int
+    rows: int
+    padding: float
+    loss: float
+    validation: Losses | None
+    seconds: float
+
+
+def plan_train(recipe: TrainRecipe) -> TrainPlan:
+    """Everything ``train`` checks before it reads data.
+
+    Raises:
+        InputError, UnsupportedError: as ``train``.
+    """
+    require_accelerate()
+    setup = prepare(recipe)
+    free_place(recipe.dest, recipe.overwrite)
+    return _plan(recipe, setup)
+
+
+def train(recipe: TrainRecipe, progress: Progress | None = None, log: Log | None = None) -> TrainReport:
+    """Trains a model; ``recipe.dest`` appears complete, or stays as it was.
+
+    Args:
+        recipe: what to do.
+        progress: told ``(stage, done, in all)`` for the stages ``load``, ``tokenize``, ``train`` and ``evaluate``.
+        log: told each line of the log.
+
+    Raises:
+        InputError: model, data or place that cannot be used; all but the data are checked before it is read.
+        UnsupportedError: a model the zoo does not have, or a library that is not here.
+    """
+    started = monotonic()
+    require_accelerate()
+    setup = prepare(recipe)
+    dest = free_place(recipe.dest, recipe.overwrite)
+    work = dest.with_name(f"{dest.name}.training")
+    args = arguments(recipe, work)
+    first = args.process_index == 0
+    with owned(work) if first else nullcontext():
+        job = _Job(recipe, setup, args, work, progress if first else None, log if first else _silent)
+        report = job.run(dest)
+    if first:
+        shutil.rmtree(work, ignore_errors=True)
+    return replace(report, seconds=monotonic() - started)
+
+
+class _Job:
+    """One run, once everything that can be checked without data was."""
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        setup: Setup,
+        args: TrainingArguments,
+        work: Path,
+        progress: Progress | None,
+        log: Log | None,
+    ) -> None:
+        self.recipe, self.setup, self.args, self.work = recipe, setup, args, work
+        self.progress, self.log = progress, log or _silent
+        self.plan = _plan(recipe, setup)
+
+    def run(self, dest: Path) -> TrainReport:
+        """Trains and exports."""
+        recipe, setup = self.recipe, self.setup
+        resumed = agreed(self._resumed() if self.args.process_index == 0 else None)
+        rows = _rows(recipe, setup, self.progress)
+        held_out = _rows(recipe, setup, self.progress, validation=True) if recipe.validation else None
+        passes = self.plan.rows / len(rows)
+        self.log(
+            f"{self.plan.parameters:,} parameters; {len(rows):,} rows of {rows.length}, {passes:.2f} passes over them"
+        )
+        model = make_model(setup, recipe, self.progress, resumed)
+        switch = Switch(setup.schedule, model, self._say_stage)
+        shares: dict[tuple[LayerAttention, ...], float] = {}
+        metrics = Metrics(
+            recipe,
+            self.work / METRICS,
+            lambda: shares.setdefault(switch.layers, share_of_keys(switch.layers, rows)),
+            self.progress,
+            self.log,
+        )
+        if self.args.process_index == 0:
+            metrics.rewind((step_of(resumed) or 0) if resumed else 0)
+        watch = Evaluation(recipe, model, held_out, metrics, self.progress, self.log)
+        saver = Saver(recipe.checkpoint_every)
+        origin = provenance(recipe, setup)
+        trainer = Runner(
+            self.work,
+            lambda folder, weights: write_model(model, setup.tokenizer, folder, origin, weights),
+            recipe,
+            model=model,
+            args=self.args,
+            data_collator=Collator(recipe.length, fixed=recipe.compile),
+            train_dataset=Order(rows, self.plan.rows, recipe.seed),
+            callbacks=[Finite(self.work), switch, metrics, watch, saver],
+        )
+        with saver.listening():
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        if saver.stopped:
+            raise Stopped(
+                f"stopped by SIGTERM after step {trainer.state.global_step} of {self.plan.steps}; the same command "
+                f"goes on from the checkpoint in {self.work}"
+            )
+        if held_out is not None and watch.last is None:  # killed between the last step and here
+            watch.measure(self.args, trainer.state.global_step)
+        weights = whole_weights(model)
+        if self.args.process_index == 0:
+            plain = setup.family if recipe.to == "hf" else None
+            export(
+                model,
+                setup.tokenizer,
+                dest,
+                origin,
+                metrics=self.work / METRICS,
+                plain=plain,
+                replace=recipe.overwrite,
+                state=weights,
+            )
+        trainer.accelerator.wait_for_everyone()
+        logged = [said["loss"] for said in trainer.state.log_history if "loss" in said]
+        padding = 1 - rows.used / (len(rows) * rows.length)
+        return TrainReport(dest, self.plan.steps, self.plan.tokens, len(rows), padding, logged[-1], watch.last, 0.0)
+
+    def _resumed(self) -> Path | None:
+        """The checkpoint to go on from; what is to be skipped is logged."""
+        if not self.recipe.resume:
+            clear(self.work)
+            return None
+        found = newest(self.work)
+        for line in found.skipped:
+            self.log(line)
+        if found.folder is not None:
+            check_identity(found.folder, self.recipe)
+            said = read_json(found.folder / STATE)
+            self.log(f"resuming from {found.folder}, after step {said['step']} of {self.plan.steps}")
+            if said["processes"] != self.args.world_size:
+                self.log(
+                    f"the checkpoint is of {said['processes']} processes, here are {self.args.world_size}: it goes "
+                    "on with the same rows, but not bit for bit"
+                )
+        return found.folder
+
+    def _say_stage(self, stage: int, step: int) -> None:
+        if self.recipe.schedule:
+            layers = self.setup.schedule.layers[stage]
+            said = "; ".join(f"layers {which}: {layer.pattern}" for which, _, layer in groups(layers))
+            self.log(f"step {step + 1}: attention stage {stage + 1} of {len(self.recipe.schedule)}: {said}")
+
+
+def agreed(value: Path | None) -> Path | None:
+    """What the first process says, in all processes."""
+    if not distributed.is_initialized():
+        return value
+    said = [value]
+    distributed.broadcast_object_list(said)
+    return said[0]
+
+
+def _silent(line: str) -> None:
+    """Other processes than the first say nothing."""
+
+
+class Evaluation(TrainerCallback):
+    """Measures the validation loss every so often, and at the end."""
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        model: MobaForCausalLM,
+        rows: Rows | None,
+        metrics: Metrics,
+        progress: Progress | None,
+        log: Log,
+    ) -> None:
+        self.recipe, self.model, self.rows, self.metrics = recipe, model, rows, metrics
+        self.progress, self.log = progress, log
+        self.last: Losses | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measures where it is time to."""
+        every = self.recipe.evaluate_every
+        last = state.global_step == state.max_steps
+        if self.rows is not None and (last or (every and state.global_step % every == 0)):
+            self.measure(args, state.global_step)
+
+    def measure(self, args: TrainingArguments, step: int) -> None:
+        """Measures now."""
+        assert self.rows is not None
+        begin = monotonic()
+        batch, rank, world = args.per_device_train_batch_size, args.process_index, args.world_size
+        self.last = evaluate(self.model, self.rows, batch, args.device, self.progress, rank, world)
+        self.metrics.pause(monotonic() - begin)
+        if rank == 0:
+            self.metrics.write({"step": step, "validation": asdict(self.last)})
+        trailing = "" if self.last.trailing is None else f", trailing {self.last.trailing:.4f}"
+        self.log(f"step {step}: validation loss {self.last.loss:.4f}{trailing}")
+
+
+def provenance(recipe: TrainRecipe, setup: Setup) -> dict[str, Any]:
+    """How the weights came about; no folder of this machine is in it."""
+    asked = plain(recipe)
+    for key in ("dest", "overwrite", "tokenizer"):
+        del asked[key]
+    for key in ("data", "validation"):
+        if asked[key]:
+            asked[key]["path"] = Path(asked[key]["path"]).name
+    return {
+        "trained_from": "random weights" if setup.random else Path(recipe.model).name,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": {"mobazoo": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+        "recipe": {**asked, "model": Path(recipe.model).name},
+    }
+
+
+def _plan(recipe: TrainRecipe, setup: Setup) -> TrainPlan:
+    steps = recipe.total_steps
+    rows = steps * recipe.batch
+    return TrainPlan(setup.parameters, steps, rows, rows * recipe.length, setup.random)
+
+
+def _rows(recipe: TrainRecipe, setup: Setup, progress: Progress | None, validation: bool = False) -> Rows:
+    data = recipe.validation if validation else recipe.data
+    assert data is not None
+    return Rows(tokenize(read_documents(data), setup.tokenizer, progress), recipe.length)

@@ -1,0 +1,191 @@
+"""The page: whole, by itself, escaped, readable without seeing the plots."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from mobazoo.config.report import ReportRecipe
+from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.report.collect import collect
+from mobazoo.report.page import short_table, write_report
+from mobazoo.report.plots import shares
+from mobazoo.report.style import CSS, VARIABLES
+from tests.report.samples import HOSTILE, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("run"))
+    path, _ = write_report(ReportRecipe(str(folder)))
+    assert path == folder / "report.html"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(run: Path) -> str:
+    return (run / "report.html").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def tree(text: str) -> ElementTree.Element:
+    """The page is XML too, so that a parser finds what does not close."""
+    return ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+
+
+def local(tag: str) -> str:
+    return tag.rpartition("}")[2]
+
+
+def words(element: ElementTree.Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+def test_nothing_outside_is_referred_to(tree: ElementTree.Element, text: str) -> None:
+    for element in tree.iter():
+        assert local(element.tag) not in {"script", "link", "iframe", "object", "embed", "base", "form", "img"}
+        for name, value in element.attrib.items():
+            if local(name) in {"src", "href", "data", "action", "poster", "srcset"}:
+                assert value.startswith(("#", "data:image/png;base64,")), (name, value[:60])
+            assert not local(name).startswith("on")
+            for target in re.findall(r"url\(([^)]*)\)", value):
+                assert target.startswith("#")
+    assert not re.search(r"url\(|@import|https?:", CSS)
+    assert "<metadata" not in text
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(tree: ElementTree.Element, text: str) -> None:
+    ids = [element.attrib["id"] for element in tree.iter() if "id" in element.attrib]
+    assert len(ids) == len(set(ids)) > 10
+    used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert used
+    assert used <= set(ids)
+
+
+def test_what_comes_from_outside_is_escaped(text: str, tree: ElementTree.Element) -> None:
+    assert HOSTILE not in text
+    (mark,) = (element for element in tree.iter() if local(element.tag) == "mark")
+    assert mark.text == HOSTILE
+
+
+def test_colours_are_variables_with_a_light_and_a_dark_value(text: str) -> None:
+    plots = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert not [colour for colour in VARIABLES if colour in plots]
+    used = set(re.findall(r"var\((--[\w-]+)\)", text))
+    assert {"--series-0", "--series-1", "--ink"} <= used
+    light, _, dark = CSS.partition("prefers-color-scheme: dark")
+    for variable in used:
+        assert f"{variable}: #" in light
+        assert f"{variable}: #" in dark
+    # A colour that matplotlib chose would not change with the page; black and white least of all.
+    assert not re.search(r"(fill|stroke): (#|rgb|black|white)", plots)
+
+
+def test_every_plot_says_what_it_shows(tree: ElementTree.Element) -> None:
+    figures = [element for element in tree.iter() if element.tag == "figure"]
+    assert len(figures) == 3
+    for found in figures:
+        (svg,) = (child for child in found if local(child.tag) == "svg")
+        assert svg.attrib["role"] == "img"
+        assert len(svg.attrib["aria-label"]) > 60
+        assert "viewBox" in svg.attrib
+        assert "width" not in svg.attrib
+        (caption,) = (child for child in found if child.tag == "figcaption")
+        assert len(words(caption)) > 40
+    labels = {words(element) for found in figures for element in found.iter() if local(element.tag) == "text"}
+    assert {"position in the text (tokens)", "loss (nats per token)", "prompt (tokens)"} <= labels
+    assert {"time to read it (seconds)", "query (tokens)", "block of 64 tokens", "head 3", "16K"} <= labels
+    assert {"full, before", "moba, before", "full, after", "moba, after"} <= labels
+
+
+def test_the_page_has_its_parts_in_order(tree: ElementTree.Element) -> None:
+    titles = [words(element) for element in tree.iter() if element.tag == "h2"]
+    assert titles == [
+        "In short",
+        "Loss by position",
+        "Time to read a prompt",
+        "Blocks that layer 2 reads",
+        "A text",
+        "How it was made",
+        "Where it was measured",
+    ]
+    page = words(tree)
+    assert page.index("did before") < page.index("did after") < page.index("did prefill")
+    assert "did report" not in page
+    assert "mobazoo eval loss dest=before.json" in page
+
+
+def test_the_short_table(run: Path) -> None:
+    _, rows = short_table(collect(run))
+    assert rows[:4] == [
+        ("loss, before", "full", "4.500", ""),
+        ("loss, before", "moba", "4.750", "+0.250 ± 0.010"),
+        ("loss, after", "full", "4.200", ""),
+        ("loss, after", "moba", "4.450", "+0.250 ± 0.010"),
+    ]
+    assert rows[5] == ("prefill, 16K", "moba", "0.96 s", "13.3 x faster")
+
+
+def test_shares_of_neighbours() -> None:
+    # Blocks of 8, so two queries a row; eight queries of the second block, four of them read block 0.
+    chosen: list[list[int]] = [[]] * 8 + [[0], [0], [0], [], [], [0], [], []]
+    picture, blocks = shares(chosen, 8)
+    assert blocks == 2
+    np.testing.assert_array_equal(picture[:, 0], [0, 0, 0, 0, 1, 0.5, 0.5, 0])
+    np.testing.assert_array_equal(picture[:, 1], 0)
+
+
+def test_measurements_of_other_lengths_stand_side_by_side(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    said = json.loads((tmp_path / "after.json").read_text())
+    said["texts"] = {"count": 7, "length": 512}
+    for setting in said["loss"]["settings"].values():
+        setting["by_position"] = setting["by_position"][:4]
+    (tmp_path / "after.json").write_text(json.dumps(said))
+    text = write_report(ReportRecipe(str(tmp_path)))[0].read_text()
+    assert "40 texts of 1024 tokens, 7 texts of 512 tokens." in text
+    found = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+    (losses, *_) = (element for element in found.iter() if element.tag == "details")
+    assert [len(list(table.iter("tr"))) for table in losses.iter("table")] == [9, 5]
+
+
+def test_a_run_with_one_result_has_a_page_too(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    for name in ("before", "after", "prefill"):
+        (tmp_path / f"{name}.json").unlink()
+    for stamp in (tmp_path / ".stages").iterdir():
+        stamp.unlink()
+    path, (_, rows) = write_report(ReportRecipe(str(tmp_path), str(tmp_path / "other" / "page.html"), "Words & more"))
+    assert rows == []
+    found = ElementTree.fromstring(path.read_text().removeprefix("<!DOCTYPE html>\n"))
+    assert [words(element) for element in found.iter() if element.tag in ("h1", "h2")] == [
+        "Words & more",
+        "A text",
+        "Where it was measured",
+    ]
+
+
+def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="nothing: no such folder; want that of a run, or one with JSON results"):
+        collect(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"holds no result; give eval, bench or generate a dest=\.\.\.\.json in it"):
+        collect(tmp_path)
+    write_run(tmp_path)
+    stamp = tmp_path / ".stages" / "01-eval.json"
+    stamp.write_text("{")
+    with pytest.raises(InputError, match=r"01-eval\.json: not a stamp \(.*\); remove it to run the stage again"):
+        collect(tmp_path)
+    stamp.write_text('{"verb": "eval"}')
+    with pytest.raises(InputError, match=r"01-eval\.json: not a stamp of this version; remove it"):
+        collect(tmp_path)
+    stamp.unlink()
+    monkeypatch.delitem(sys.modules, "mobazoo.report.plots")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UnsupportedError, match=r"report: needs matplotlib, .*; pip install 'mobazoo\[report\]'"):
+        write_report(ReportRecipe(str(tmp_path)))

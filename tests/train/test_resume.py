@@ -1,0 +1,267 @@
+"""A run that was stopped, killed or damaged goes on as if nothing had happened, or says why it cannot."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerState
+
+from mobazoo.checkpoint import staging
+from mobazoo.config.data import Data
+from mobazoo.config.train import Stage, TrainRecipe
+from mobazoo.errors import InputError, Stopped
+from mobazoo.train import engine, train
+from mobazoo.train.checkpoints import checkpoints, newest, owned
+
+Make = Callable[..., TrainRecipe]
+STAGES = [Stage(RULES := [{"pattern": "moba", "block_size": 8, "top_k": 2}], 0.7), Stage([{"pattern": "full"}])]
+
+
+@pytest.fixture
+def saving(recipe: Make) -> Make:
+    """Twelve steps with a checkpoint every four and a change of attention after the eighth."""
+
+    def make(**fields: Any) -> TrainRecipe:
+        return recipe(**{"steps": 12, "checkpoint_every": 4, "log_every": 3, "schedule": STAGES, **fields})
+
+    return make
+
+
+def metrics(dest: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (dest / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def same(one: Path, two: Path) -> bool:
+    a, b = (load_file(path / "model.safetensors") for path in (one, two))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if SIGTERM came during that step."""
+    real = engine.Saver.on_step_end
+
+    def on_step_end(self: engine.Saver, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, args, state, control, **given)
+
+    monkeypatch.setattr(engine.Saver, "on_step_end", on_step_end)
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
+    saving: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = Data("stdlib", files=["tomllib/*.py"])
+    train(saving(dest=str(tmp_path / "whole"), validation=held_out, evaluate_every=4))
+    before = signal.getsignal(signal.SIGTERM)
+    made = saving(validation=held_out, evaluate_every=4)
+    for step in (6, 9):
+        with monkeypatch.context() as patch:
+            stop_after(step, patch)
+            with pytest.raises(Stopped, match=rf"stopped by SIGTERM after step {step} of 12; the same command goes on"):
+                train(made)
+    assert signal.getsignal(signal.SIGTERM) == before
+    said: list[str] = []
+    train(made, log=said.append)
+    assert any("resuming from" in line and "after step 9 of 12" in line for line in said)
+    assert same(tmp_path / "out", tmp_path / "whole")
+    assert not (tmp_path / "out.training").exists()
+    whole = metrics(tmp_path / "whole")
+    both = [line for line in metrics(tmp_path / "out") if line["step"] in (4, 8, 12)]  # where both end a line
+    assert both == [line for line in whole if line["step"] in (4, 8, 12)]
+
+
+def killed(made: TrainRecipe, after: float) -> bool:
+    """Runs it in a child that is killed after so many seconds; whether it was still running."""
+    child = os.fork()
+    if child == 0:
+        try:
+            train(made)
+        finally:
+            os._exit(0)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_sigkill_at_random_points_loses_no_more_than_the_last_steps(
+    saving: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    whole = saving(dest=str(tmp_path / "whole"), checkpoint_every=1, keep=3)
+    begin = time.monotonic()
+    train(whole)
+    seconds = time.monotonic() - begin
+    chance = random.Random(7)
+    made = saving(checkpoint_every=1, keep=3)
+    kills = sum(killed(made, seconds * chance.uniform(0.4, 0.9)) for _ in range(4))
+    assert kills > 0
+    train(made)
+    assert same(tmp_path / "out", tmp_path / "whole")
+    steps = [[line["step"] for line in metrics(tmp_path / name)] for name in ("out", "whole")]
+    assert steps[0] == steps[1]
+
+
+class Kill(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("place", ["write_state", "write_manifest", "_sync", "_swap"])
+def test_a_kill_during_a_save_leaves_the_older_checkpoint(
+    place: str, saving: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = staging if place.startswith("_") else engine
+    real, calls = getattr(module, place), 0
+
+    def die(*args: Any, **given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise Kill
+        return real(*args, **given)
+
+    monkeypatch.setattr(module, place, die)
+    monkeypatch.setattr(staging.shutil, "rmtree", lambda *args, **given: None)  # a killed process cleans nothing up
+    with pytest.raises(Kill):
+        train(saving())
+    monkeypatch.undo()
+    monkeypatch.setattr(staging, "_sync_one", lambda path: None)
+    work = tmp_path / "out.training"
+    assert list(work.glob(".step-00000008.*"))
+    assert newest(work).folder == work / "step-00000004"
+    said: list[str] = []
+    train(saving(steps=12), log=said.append)
+    assert any("after step 4 of 12" in line for line in said)
+
+
+@pytest.fixture
+def stopped(saving: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with checkpoints after steps 4 and 6."""
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)
+        with pytest.raises(Stopped):
+            train(saving())
+    assert [path.name for path in checkpoints(tmp_path / "out.training")] == ["step-00000006", "step-00000004"]
+    return tmp_path / "out.training"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda f: flip(f / "model.safetensors"), "changed since it was written: model.safetensors"),
+    (lambda f: flip(f / "training.safetensors"), "changed since it was written: training.safetensors"),
+    (lambda f: os.truncate(f / "model.safetensors", 900), "changed since it was written: model.safetensors"),
+    (
+        lambda f: (f / "training.safetensors").unlink(),
+        r"the state of the optimizer \(.*\) is missing",
+    ),
+    (lambda f: (f / "training.json").unlink(), r"the state of the run \(training.json\) is missing"),
+    (lambda f: (f / "trainer_state.json").unlink(), r"the step count \(trainer_state.json\) is missing"),
+    (lambda f: (f / "config.json").unlink(), "config.json: missing"),
+    (lambda f: (f / "mobazoo.manifest.json").unlink(), "it has no manifest, so it was never finished"),
+    (lambda f: (f / "mobazoo.manifest.json").write_text("{"), "not JSON"),
+    (lambda f: shutil.rmtree(f) or f.mkdir(), "it has no manifest, so it was never finished"),
+]
+
+
+@pytest.mark.parametrize("damage, why", DAMAGE, ids=[why[:40] for _, why in DAMAGE])
+def test_a_damaged_checkpoint_is_skipped_by_name(damage: Callable[[Path], object], why: str, stopped: Path) -> None:
+    damage(stopped / "step-00000006")
+    found = newest(stopped)
+    assert found.folder == stopped / "step-00000004"
+    (line,) = found.skipped
+    assert line.startswith("skipped step-00000006: ")
+    damage(stopped / "step-00000004")
+    with pytest.raises(InputError, match=rf"no checkpoint is complete \(skipped step-00000006: .*{why}.*resume=false"):
+        newest(stopped)
+
+
+def test_no_complete_checkpoint_is_no_fresh_start(stopped: Path, saving: Make) -> None:
+    for name in ("step-00000006", "step-00000004"):
+        (stopped / name / "training.safetensors").unlink()
+    with pytest.raises(InputError, match="no checkpoint is complete"):
+        train(saving())
+    train(saving(resume=False, steps=5))
+
+
+def test_the_optimizer_state_of_every_weight_must_be_there(stopped: Path, saving: Make) -> None:
+    tensors = load_file(stopped / "step-00000006" / "training.safetensors")
+    gone = "optimizer.exp_avg/model.layers.1.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != gone}, stopped / "step-00000006" / "training.safetensors")
+    (stopped / "step-00000006" / "mobazoo.manifest.json").unlink()
+    engine.write_manifest(stopped / "step-00000006")
+    with pytest.raises(InputError, match=r"has no whole optimizer state of model.layers.1.mlp.up_proj.weight"):
+        train(saving())
+
+
+def test_another_recipe_does_not_go_on(stopped: Path, saving: Make) -> None:
+    with pytest.raises(InputError, match=r"is of another recipe \(learning_rate: 0.01 there, 0.02 here\); begin anew"):
+        train(saving(learning_rate=0.02))
+    train(saving(learning_rate=0.02, resume=False))
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_there(
+    saving: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = engine.write_state, 0
+
+    def full(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        real(*args)
+
+    monkeypatch.setattr(engine, "write_state", full)
+    with pytest.raises(InputError, match="step-00000008: disk full; nothing was changed; free some space"):
+        train(saving())
+    assert [path.name for path in checkpoints(tmp_path / "out.training")] == ["step-00000004"]
+    train(saving())
+
+
+def test_the_last_ones_are_kept(saving: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(9, monkeypatch)
+    with pytest.raises(Stopped):
+        train(saving(checkpoint_every=2, keep=3))
+    names = [path.name for path in checkpoints(tmp_path / "out.training")]
+    assert names == ["step-00000009", "step-00000008", "step-00000006"]
+
+
+def test_nan_names_the_last_good_checkpoint(saving: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = engine.Runner.training_step
+
+    def training_step(self: engine.Runner, *args: Any, **given: Any) -> torch.Tensor:
+        loss = real(self, *args, **given)
+        if self.state.global_step == 6:
+            next(self.model.parameters()).grad[0, 0] = float("inf")  # type: ignore[index, union-attr]
+        return loss
+
+    monkeypatch.setattr(engine.Runner, "training_step", training_step)
+    with pytest.raises(InputError, match=r"not finite at step 7, .*; the last good checkpoint is .*step-00000004;"):
+        train(saving())
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_run_at_a_time(saving: Make, tmp_path: Path) -> None:
+    with (
+        owned(tmp_path / "out.training"),
+        pytest.raises(InputError, match="another process trains there; wait for it"),
+    ):
+        train(saving())
