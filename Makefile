@@ -19,7 +19,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make test-oldest  what touches transformers, with the oldest one that pyproject.toml allows"
-	@echo "make bench      the figures of docs/benchmarks/cpu.md"
+	@echo "make bench      the figures of docs/benchmarks"
 
 setup: $(READY)
 
@@ -52,6 +52,7 @@ demo: $(READY)
 
 bench: $(READY)
 	$(PY) -m mobazoo.bench --suite cpu --markdown docs/benchmarks/cpu.md
+	$(PY) -m mobazoo.bench --suite decode --markdown docs/benchmarks/decode.md
 
 clean:
 	rm -rf $(VENV) .oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

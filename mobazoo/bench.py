@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -227,7 +228,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
     "`mobazoo bench --suite cpu --json cpu.json`; by a recipe `mobazoo bench prefill model=./folder`, on a checkpoint"
 )
 def main(
-    suite: Annotated[str, typer.Option(help="`cpu`: all figures of docs/benchmarks/cpu.md. Empty: one case.")] = "",
+    suite: Annotated[
+        str, typer.Option(help="`cpu` or `decode`: the figures of docs/benchmarks. Empty: one case.")
+    ] = "",
     length: Annotated[int, typer.Option(min=1, help="Tokens of the row.")] = 32768,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = 512,
     top_k: Annotated[int, typer.Option(min=1, help="Blocks a query reads, its own included.")] = 3,
@@ -244,8 +247,11 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 200)  # a table in a file is not cut to 80 columns
     try:
         torch.set_num_threads(threads)
+        if suite == "decode":  # its own rivals and table
+            import_module("mobazoo.bench_decode").run(console, rounds, json_path, markdown, dry_run)
+            return
         if suite not in ("", "cpu"):
-            raise InputError(f"bench: unknown suite {suite!r}; known: cpu")
+            raise InputError(f"bench: unknown suite {suite!r}; known: cpu, decode")
         one = Case(length, block_size, top_k, dtype, backward, backend)
         cases = list(suite_cpu()) if suite else [(one, "")]
         if dry_run:

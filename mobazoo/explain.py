@@ -42,6 +42,12 @@ def kv_bytes(layers: int, key_heads: int, head_dim: int, dtype: torch.dtype) -> 
     return layers * 2 * key_heads * head_dim * dtype.itemsize
 
 
+def centroid_bytes(layers: Sequence[LayerAttention], key_heads: int, head_dim: int, dtype: torch.dtype) -> Fraction:
+    """Bytes of centroids that a token adds to the cache on average: one key a block and MoBA layer."""
+    blocks = (layer.pattern.block_size for layer in layers if isinstance(layer.pattern, MoBA))
+    return sum((Fraction(key_heads * head_dim * dtype.itemsize, size) for size in blocks), Fraction())
+
+
 def backend_of(layer: LayerAttention, length: int, head_dim: int, dtype: torch.dtype, device: str) -> tuple[str, str]:
     """The backend that a prefill of ``length`` tokens takes in a layer, and why."""
     pattern = layer.pattern

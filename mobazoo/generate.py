@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,24 +14,56 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from mobazoo.config.generate import GenerateRecipe
+from mobazoo.config.rules import LayerAttention
 from mobazoo.errors import InputError
+from mobazoo.explain import keys_read
 
 
 @dataclass(frozen=True)
 class Report:
-    """Tokens read and written, and the seconds all of it took."""
+    """What was read and written, and what it took.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        new_tokens: tokens written.
+        prefill_seconds: until the first token was there.
+        decode_seconds: for all tokens after it.
+        seconds: both together.
+        keys_per_token: keys that a decoded token reads, per query head, mean over tokens and layers.
+        peak_bytes: most memory in use: of the GPU, or of the process where there is none.
+    """
 
     prompt_tokens: int
     new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
     seconds: float
+    keys_per_token: float
+    peak_bytes: int
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens a second after the first; None where there is none."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
 
 class _Writer(TextStreamer):
-    """Hands finished words on instead of printing them."""
+    """Hands finished words on instead of printing them, and notes when tokens come: the prompt, the first, the last."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Called by transformers with the prompt, and with each token."""
+        self.times = [*self.times[:2], time.perf_counter()]
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by transformers with each finished piece."""
@@ -60,10 +94,39 @@ def generate(
         )
     if recipe.seed is not None:
         torch.manual_seed(recipe.seed)
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(model.device)
     writer, write_text = _Writer(tokenizer, write), cast(Callable[..., Tensor], model.generate)
-    begin = time.perf_counter()
-    output = write_text(**inputs, max_new_tokens=recipe.max_new_tokens, streamer=writer, **_sampling(recipe))
-    return Report(length, output.shape[1] - length, time.perf_counter() - begin)
+    options = {"prefill_chunk": recipe.prefill_chunk, "offload": recipe.offload, **_sampling(recipe)}
+    output = write_text(**inputs, max_new_tokens=recipe.max_new_tokens, streamer=writer, **options)
+    start, first, last = (*writer.times, writer.times[-1])[:3]
+    new = output.shape[1] - length
+    return Report(
+        prompt_tokens=length,
+        new_tokens=new,
+        prefill_seconds=first - start,
+        decode_seconds=last - first,
+        seconds=last - start,
+        keys_per_token=decoded_keys(model.config.attention_layers(), length, new),
+        peak_bytes=torch.cuda.max_memory_allocated(model.device) if cuda else _peak_of_process(),
+    )
+
+
+def decoded_keys(layers: Sequence[LayerAttention], prompt: int, new: int) -> float:
+    """Keys that a decoded token reads, per query head, mean over tokens and layers.
+
+    ``new`` tokens are written after ``prompt`` tokens; all but the last are read again, or for one the prompt's last.
+    """
+    begin, end = (prompt, prompt + new - 1) if new > 1 else (prompt - 1, prompt)
+    patterns = [layer.decode_pattern for layer in layers]
+    read = sum(keys_read(pattern, end) - keys_read(pattern, begin) for pattern in patterns)
+    return read / (len(layers) * (end - begin))
+
+
+def _peak_of_process() -> int:
+    """``getrusage`` counts KiB, and bytes on a Mac."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, recipe: GenerateRecipe) -> Any:

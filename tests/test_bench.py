@@ -1,12 +1,17 @@
 """The benchmark measures what it says; its figures are not tested, its arithmetic is."""
 
 import json
+import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
-from mobazoo import bench
+from mobazoo import bench, bench_decode
+from mobazoo.attention import MoBA
 
 
 def small(**changes: object) -> bench.Case:
@@ -53,10 +58,51 @@ def test_command_writes_json_and_markdown(tmp_path: Path) -> None:
     assert "| forward, 512 tokens, block 64, top 2, float32 | auto: flash |" in Path(written[1]).read_text()
 
 
+SMALL = bench_decode.Sizes(layers=2, query_heads=4, key_heads=2, head_dim=16, pattern=MoBA(32, 3))
+
+
+def test_decode_suite_writes_its_page(tmp_path: Path) -> None:
+    console = Console(file=StringIO(), width=200)
+    bench_decode.run(console, 1, tmp_path / "a.json", tmp_path / "a.md", False, SMALL, scale=128)
+    rows = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert [row["bound"] for row in rows] == [">= 5", ">= 10", "<= 1.5", "", "<= 1.3"]
+    assert min(t for row in rows for t in row["ours"] + row["theirs"]) > 0
+    page = (tmp_path / "a.md").read_text()
+    assert "| a token at 1K, decode: moba |" in page
+    # Two earlier blocks for each of two heads, and the own one: 3 to 5 blocks of 32.
+    assert re.search(r"dense 0 MiB, sparse 0 MiB \([345]\.\d different blocks of 32 per layer and key head\)", page)
+
+
+def test_decode_steps_do_the_same_work_as_their_rivals() -> None:
+    step = bench_decode.Step(SMALL, 64, 4)
+    inputs = step.inputs()
+    routes = step.sparse(inputs)
+    assert bench_decode.blocks_read(routes, 2) == 2 * 2 * 3  # 64 tokens: both blocks before the own, for every head
+    assert [layer.get_seq_length() for layer in step.layers] == [65, 65]
+    for dense in (step.full, step.folded, step.shared):
+        dense(inputs)
+    q, k, v = (SMALL.draw(n, 200) for n in (4, 2, 2))
+    whole, chunked = (bench_decode.prefill(SMALL, q, k, v, chunk) for chunk in (200, 64))
+    torch.testing.assert_close(whole, chunked)
+
+
+def test_a_ratio_is_read_with_its_bound() -> None:
+    fast = bench_decode.Line("a", "b", ours=[1.0, 2.0, 1.0], theirs=[5.0, 6.0, 9.0], bound=">= 5")
+    slow = bench_decode.Line("a", "b", ours=[3.0], theirs=[2.0], bound="<= 1.5")
+    assert (fast.ratios, slow.ratios) == ([5.0, 3.0, 9.0], [1.5])
+    assert fast.cells() == ("a", "1.00", "b", "6.00", "5.00", "3.00 to 9.00", ">= 5")
+
+
+def test_decode_suite_dry_run_times_nothing() -> None:
+    done = CliRunner().invoke(bench.app, ["--suite", "decode", "--dry-run"])
+    assert "would time a token against caches of 16K and 128K tokens" in done.output
+    assert "would time a prompt of 64K tokens at once and by 4K" in done.output
+
+
 def test_unknown_suite_is_one_line() -> None:
     done = CliRunner().invoke(bench.app, ["--suite", "gpu"])
     assert done.exit_code == 2
-    assert "unknown suite 'gpu'; known: cpu" in done.output
+    assert "unknown suite 'gpu'; known: cpu, decode" in done.output
 
 
 def test_the_suite_holds_the_bounds() -> None:

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mobazoo.data", "mobazoo.metrics", "mobazoo.results"),
     ("mobazoo.explain",),
     ("mobazoo.train", "mobazoo.eval", "mobazoo.generate", "mobazoo.bench", "mobazoo.prefill", "mobazoo.report"),
+    ("mobazoo.bench_decode",),
     ("mobazoo.zoo",),
     ("mobazoo.cli", "mobazoo.__main__"),
 )

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mobazoo.attention.backends import BACKENDS
+from mobazoo.attention.backends.decode import FEW
 from mobazoo.attention.problem import Problem
 
 _TABLE: tuple[tuple[str, Callable[[Problem], bool], str], ...] = (
     ("sdpa", lambda p: not p.moba and p.whole and (p.prefill or p.queries == 1), "dense, no mask needed"),
+    ("sdpa", lambda p: not p.moba and p.queries == 1, "dense, one query: a mask of one line"),
+    (
+        "decode",
+        lambda p: p.moba and p.queries <= FEW and not p.prefill,
+        "few queries: reads their blocks where they lie",
+    ),
     ("flash", lambda p: True, "reads chosen blocks only, no mask in memory"),
     ("flex", lambda p: p.device == "cuda", "no flash kernel for this dtype or head dim"),
     ("sdpa", lambda p: True, "dense, masks built by chunks of queries"),

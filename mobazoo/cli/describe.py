@@ -21,7 +21,7 @@ from mobazoo.config.recipe import parse_recipe
 from mobazoo.config.rules import LayerAttention
 from mobazoo.config.shipped import Source
 from mobazoo.errors import InputError
-from mobazoo.explain import backend_of, groups, kv_bytes, share_read
+from mobazoo.explain import backend_of, centroid_bytes, groups, kv_bytes, share_read
 from mobazoo.zoo import build, make_config
 
 LENGTHS = (8 << 10, 128 << 10, 1 << 20)
@@ -71,6 +71,7 @@ def describe(target: str, overrides: Sequence[str], device: str, dtype: str | No
         ("heads", f"{config.num_attention_heads} query, {key_heads} key, dim {head_dim}"),
         ("context", f"{tokens(length)} tokens"),
         ("KV cache per token", f"{per_token} bytes in {name}"),
+        ("centroids per token", f"{float(centroid_bytes(layers, key_heads, head_dim, kind)):.3g} bytes in {name}"),
         ("KV cache at full context", size(per_token * length)),
     ]
     facts += [

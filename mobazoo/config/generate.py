@@ -13,6 +13,7 @@ class GenerateRecipe:
     Attributes:
         model: checkpoint folder or Hub id.
         attention: per-layer rules after the checkpoint's own.
+        decode: what every layer uses after the prompt, ``full`` or ``moba`` (None: what the rules say).
         device: ``auto`` takes a GPU if there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16`` (None: as stored).
         max_new_tokens: most tokens to write.
@@ -21,12 +22,15 @@ class GenerateRecipe:
         seed: of the sampling (None: another answer every time).
         chat: use the tokenizer's chat template (None: if it has one).
         system: system message, with a chat template.
+        prefill_chunk: tokens of the prompt to read at a time, where all at once take too much memory (None: all).
+        offload: keep keys and values in host memory (``host``) or in mapped files in this folder (None: on the device).
         prompt: what to continue, where the command line names none.
         dest: JSON file for prompt, text and figures (None: the console only).
     """
 
     model: str
     attention: list[dict[str, Any]] = field(default_factory=list)
+    decode: str | None = None
     device: str = "auto"
     dtype: str | None = None
     max_new_tokens: int = 256
@@ -35,5 +39,7 @@ class GenerateRecipe:
     seed: int | None = None
     chat: bool | None = None
     system: str | None = None
+    prefill_chunk: int | None = None
+    offload: str | None = None
     prompt: str | None = None
     dest: str | None = None

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-from mobazoo.attention import Full, Pattern, attend
+from mobazoo.attention import Centroids, Full, MoBA, Pattern, attend, route
+from mobazoo.attention.backends import decode
+from mobazoo.attention.routing import query_slots
 from mobazoo.config.rules import LayerAttention
+from mobazoo.nn.cache import MobaCache
 from mobazoo.nn.geometry import Geometry
 from mobazoo.nn.kconv import KeyConv
 from mobazoo.nn.norm import RMSNorm
@@ -49,13 +52,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, geometry: Geometry, cache: Cache | None) -> Tensor:
         """``[B, T, hidden]`` in and out; ``cache`` gets the new keys and values."""
-        q, k, v = self.project(x, geometry)
-        if cache is not None:
+        q, k, v = self.project(x, geometry, cache)
+        known = None
+        if isinstance(cache, MobaCache):
+            pattern = self.layer.pattern
+            kept = cache.update(k, v, self.number, pattern.block_size if isinstance(pattern, MoBA) else 0)
+            k, v = self._learnable(kept, (k, v), geometry.q_start)
+            known = cache.centroids(self.number) if isinstance(pattern, MoBA) else None
+        elif cache is not None:
             k, v = cache.update(k, v, self.number)
-        return self.o_proj(self._attend(q, k, v, geometry).transpose(1, 2).flatten(2))
+        return self.o_proj(self._attend(q, k, v, known, geometry).transpose(1, 2).flatten(2))
 
-    def project(self, x: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, T, hidden]`` to ``q [B, Hq, T, D]`` and ``k, v [B, Hkv, T, D]`` as ``attend`` gets them, rotated."""
+    def project(self, x: Tensor, geometry: Geometry, cache: Cache | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, T, hidden]`` to ``q [B, Hq, T, D]`` and ``k, v [B, Hkv, T, D]`` as ``attend`` gets them, rotated.
+
+        A ``cache`` gives a key convolution the raw keys before these, and keeps these.
+        """
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, D]
         own = slice(None)
@@ -63,12 +75,28 @@ class Attention(nn.Module):
             k, v = geometry.sequence.gather(k), geometry.sequence.gather(v)  # [B, Hkv, S, D]
             own = geometry.sequence.part(k.shape[2])
         if self.k_conv is not None:
-            k = self.k_conv(k, geometry.segments.pos)
+            whole = geometry.sequence is not None
+            k = self.k_conv(k, geometry.segments.pos) if whole else self._convolve(self.k_conv, k, geometry, cache)
         q = rotate(q, geometry.cos[:, :, own], geometry.sin[:, :, own])
         k = rotate(k, geometry.cos, geometry.sin)
         return q.to(v.dtype), k.to(v.dtype), v  # autocast leaves norms and rotation in float32
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+    @staticmethod
+    def _learnable(
+        kept: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], past: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the cache holds; where a backward may follow, with the new tokens themselves and their history."""
+        if not torch.is_grad_enabled() or not new[0].requires_grad or isinstance(past, Tensor):
+            return kept
+        k, v = (torch.cat([old[:, :, :past].to(x.device), x], dim=2) for old, x in zip(kept, new, strict=True))
+        return k, v
+
+    def _convolve(self, conv: KeyConv, k: Tensor, geometry: Geometry, cache: Cache | None) -> Tensor:
+        slot = query_slots(geometry.segments, k.shape[2], geometry.q_start)
+        before = cache.layers[self.number].raw_before(k) if isinstance(cache, MobaCache) else None
+        return conv(k, geometry.segments.pos[:, slot], before)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, known: Centroids | None, geometry: Geometry) -> Tensor:
         """Queries before ``decode_from`` use the layer's pattern, later ones its decode pattern."""
         length, first = q.shape[2], geometry.q_start
         split = length
@@ -76,20 +104,35 @@ class Attention(nn.Module):
             split = _prompt_part(length, first, geometry.decode_from)
         parts = []
         if split:
-            parts.append(self._attend_one(q[:, :, :split], k, v, geometry, self.layer.pattern, first))
+            parts.append(self._attend_one(q[:, :, :split], k, v, known, geometry, self.layer.pattern, first))
         if split < length:
             pattern = self.layer.decode_pattern
-            parts.append(self._attend_one(q[:, :, split:], k, v, geometry, pattern, first + split))
+            parts.append(self._attend_one(q[:, :, split:], k, v, known, geometry, pattern, first + split))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _attend_one(
-        self, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, pattern: Pattern, q_start: int | Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        known: Centroids | None,
+        geometry: Geometry,
+        pattern: Pattern,
+        q_start: int | Tensor,
     ) -> Tensor:
         # A backend is chosen for the layer's pattern; what a full decode step uses is for `auto` to know.
         backend = "auto" if isinstance(pattern, Full) and pattern != self.layer.pattern else self.layer.backend
         if self.config._attn_implementation == NAIVE:
             backend = "reference"
-        return attend(q, k, v, pattern=pattern, backend=backend, segments=geometry.segments, q_start=q_start)
+        segments, routes = geometry.segments, None
+        if isinstance(pattern, MoBA) and known is not None and not pattern.covers(segments.max_len):
+            pattern = MoBA(pattern.block_size, min(pattern.top_k, segments.length // pattern.block_size + 1))
+            routes = route(q, known, pattern, segments, q_start)
+            if k.device != q.device and q.shape[2] <= decode.FEW:  # offloaded: only what is read moves
+                scale = q.shape[3] ** -0.5
+                return decode.run(q, k, v, segments=segments, routes=routes, q_start=q_start, scale=scale)
+        k, v = k.to(q.device), v.to(q.device)
+        return attend(q, k, v, pattern=pattern, backend=backend, segments=segments, routes=routes, q_start=q_start)
 
 
 def _prompt_part(length: int, q_start: int | Tensor, decode_from: int) -> int:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Never
 
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedConfig
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mobazoo.errors import UnsupportedError
+from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.nn.cache import MobaCache
 from mobazoo.nn.decoder import MobaModel, MobaPreTrainedModel
 from mobazoo.nn.loss import head_loss
+
+# What transformers calls caches, and whether ours of that kind is static.
+CACHES = {"dynamic": False, "static": True, "offloaded": False}
 
 
 class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
@@ -20,6 +25,7 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
     # Trainer then divides the loss by the tokens of all accumulated batches, not by those of each.
     accepts_loss_kwargs: ClassVar[bool] = True
     body: ClassVar[type[MobaModel]]
+    _static_length = 0
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -97,21 +103,76 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
     def _as_dict(self, return_dict: bool | None) -> bool:
         return bool(self.config.return_dict if return_dict is None else return_dict)
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, decode_from: int | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        decode_from: int | None = None,
+        prefill_chunk: int | None = None,
+        offload: str | Path | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """transformers' ``generate``; tokens after the prompt it is given use each layer's decode pattern.
 
         Args:
             inputs: ``[B, T]`` prompt, as ``input_ids``.
             *args: see transformers.
             decode_from: slot of the first token that counts as decoded (None: the end of the prompt).
-            **kwargs: see transformers.
+            prefill_chunk: tokens of the prompt to read at a time (None: all), which bounds the memory of activations;
+                the result is the same. transformers calls it ``prefill_chunk_size``.
+            offload: where the cache keeps keys and values, see ``MobaCache``.
+            **kwargs: see transformers. ``cache_implementation`` may be ``dynamic`` (the default), ``static`` or
+                ``offloaded``, which is ``offload="host"``.
+
+        Raises:
+            InputError: a chunk below 1, or ``offload`` together with a cache that is given.
+            UnsupportedError: another ``cache_implementation``.
         """
+        config = kwargs.get("generation_config") or self.generation_config
+        _check_kind(kwargs.get("cache_implementation") or config.cache_implementation)
+        if prefill_chunk is not None:
+            kwargs["prefill_chunk_size"] = prefill_chunk
+        chunk = kwargs.get("prefill_chunk_size")
+        if chunk is not None and chunk < 1:
+            raise InputError(f"prefill_chunk: want at least 1 token, got {chunk}")
+        if offload is not None and (kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False):
+            raise InputError("offload: says where generate makes its cache; leave out past_key_values and use_cache")
         if decode_from is None:
             prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
             mask = kwargs.get("attention_mask")
             # A second turn on a full cache may bring its new tokens only; the mask then has all.
             decode_from = max(1 if prompt is None else prompt.shape[1], 0 if mask is None else mask.shape[1])
+        if offload is not None:
+            kwargs["past_key_values"] = MobaCache(self.config, offload=offload)
         return super().generate(inputs, *args, decode_from=decode_from, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """Makes a ``MobaCache``; called by transformers' ``generate``. The cache then knows where the prompt ends."""
+        kind = generation_config.cache_implementation
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        else:
+            _check_kind(kind)
+            length = None
+            if CACHES.get(kind, False):
+                asked = getattr(generation_config, "max_cache_len", None) or 0
+                # One length over calls, so that a compiled step is not compiled again.
+                length = max(max_cache_length, asked, self._static_length)
+                self._static_length = length
+            offload = "host" if kind == "offloaded" else None
+            model_kwargs["past_key_values"] = MobaCache(self.config, length, offload)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, MobaCache):
+            cache.decode_from = model_kwargs.pop("decode_from", None)
 
     def generate_batch(self, *_: Any, **__: Any) -> Never:
         """Refused: continuous batching would run other attention than the rules say."""
@@ -120,3 +181,8 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
     def init_continuous_batching(self, *_: Any, **__: Any) -> Never:
         """Refused, as ``generate_batch``."""
         self.generate_batch()
+
+
+def _check_kind(kind: str | None) -> None:
+    if kind is not None and kind not in CACHES:
+        raise UnsupportedError(f"cache_implementation={kind!r}: zoo models know {', '.join(CACHES)}; take one of them")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, arange, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -14,11 +14,13 @@ from mobazoo.attention.backends import BACKENDS
 from mobazoo.config.rules import LayerAttention, parse_rules, resolve
 from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.nn.attention import NAIVE, Attention
+from mobazoo.nn.cache import MobaCache
 from mobazoo.nn.geometry import Geometry, documents, past_length
 from mobazoo.nn.kconv import KeyConv
 from mobazoo.nn.mlp import SwiGLU
 from mobazoo.nn.norm import RMSNorm
 from mobazoo.nn.rope import RotaryEmbedding
+from mobazoo.nn.rows import Rows
 from mobazoo.nn.sequence import RowShare
 
 ATTN_IMPLEMENTATIONS = ("moba", NAIVE)
@@ -101,9 +103,15 @@ class MobaPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(
-        config: PreTrainedConfig, *, attention_mask: Tensor | None, **_: Any
+        config: PreTrainedConfig, *, attention_mask: Tensor | None, past_key_values: Cache | None = None, **_: Any
     ) -> Tensor | None:
-        """The padding mask as it is: the model builds ``Segments`` from it, never a T x S mask."""
+        """The padding mask as it is: the model builds ``Segments`` from it, never a T x S mask.
+
+        None after the prompt: the cache knows the padding, and a mask that grows would be compiled anew every step.
+        """
+        if isinstance(past_key_values, MobaCache) and past_key_values.decode_from is not None:
+            past_prompt = attention_mask is not None and attention_mask.shape[1] > past_key_values.decode_from
+            return None if past_prompt else attention_mask
         return attention_mask
 
 
@@ -129,7 +137,7 @@ class MobaModel(MobaPreTrainedModel):
         layers = config.attention_layers()
         check_backends(layers)
         flags = self.layer_flags(config)
-        self.has_kconv = any(layer.kconv for layer in layers)
+        self.kconv = tuple(layer.kconv for layer in layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, n, layer, flags) for n, layer in enumerate(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -163,10 +171,10 @@ class MobaModel(MobaPreTrainedModel):
             input_ids: ``[B, T]``; whole rows also where ``sequence`` shares them (the states are then a part).
             attention_mask: ``[B, past + T]``, 0 at padding (None: no padding).
             position_ids: ``[B, T]``; without a past they restart at 0 with every packed document.
-            past_key_values: cache of earlier tokens, one document a row.
+            past_key_values: cache of earlier tokens, one document a row: a ``MobaCache``, or one of transformers' that
+                keeps every key, with which centroids are computed anew in every call.
             inputs_embeds: ``[B, T, hidden]`` instead of ``input_ids``.
-            use_cache: whether to make a cache (None: as the config says, but not while training, for packed rows, or
-                with a key convolution).
+            use_cache: whether to make a cache (None: as the config says, but not while training or for packed rows).
             output_hidden_states: also return the input of every layer and the final states.
             output_attentions: refused.
             return_dict: False returns a tuple.
@@ -176,14 +184,15 @@ class MobaModel(MobaPreTrainedModel):
 
         Raises:
             InputError: both or neither of ``input_ids`` and ``inputs_embeds``, or a mask or documents that do not fit.
-            UnsupportedError: ``output_attentions``, packed rows with a cache, a key convolution with a cache.
+                or a cache that is not this model's or has no room; the cache is left as it was.
+            UnsupportedError: ``output_attentions``, packed rows with a cache, a key convolution with another cache
+                than ``MobaCache``.
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise UnsupportedError("output_attentions: block attention never builds the matrix; plot Routes instead")
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise InputError("forward: pass either input_ids or inputs_embeds")
-        past = past_length(past_key_values)
         shape = (given.shape[0], given.shape[1])
         own = slice(None)
         if self.sequence is not None:
@@ -191,11 +200,21 @@ class MobaModel(MobaPreTrainedModel):
                 raise UnsupportedError("a cache of rows that several processes share; pass use_cache=False")
             use_cache, own = False, self.sequence.part(shape[1])
         hidden = self.embed_tokens(given[:, own]) if inputs_embeds is None else given[:, own]
+        self._check_cache(past_key_values, *shape)
+        past = past_length(past_key_values)
+        if isinstance(past_key_values, MobaCache):
+            if decode_from is not None:
+                past_key_values.decode_from = decode_from
+            decode_from = past_key_values.decode_from
         segments, packed = documents(
             shape, given.device, attention_mask, position_ids, past_key_values, past, max_docs, max_len
         )
         if self._wants_cache(use_cache, past_key_values, packed) and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = MobaCache(self.config)
+            past_key_values.decode_from = decode_from
+        if isinstance(past_key_values, MobaCache) and isinstance(past, int) and past == 0:
+            rows = Rows(shape[0]) if attention_mask is None else Rows.from_mask(attention_mask[:, : shape[1]])
+            past_key_values.begin(rows, past, hidden.device)
         if position_ids is None:
             position_ids = (arange(shape[1], device=hidden.device) + past)[None]
         first = past if self.sequence is None else own.start
@@ -221,13 +240,19 @@ class MobaModel(MobaPreTrainedModel):
         return bool(self.config.return_dict if return_dict is None else return_dict)
 
     def _wants_cache(self, use_cache: bool | None, cache: Cache | None, packed: bool) -> bool:
-        why = None
-        if packed:
-            why = "packed rows with a KV cache: a cache holds one document a row"
-        elif self.has_kconv:
-            why = "kconv with a KV cache is not supported yet"
-        if why and (use_cache or cache is not None):
-            raise UnsupportedError(f"{why}; pass use_cache=False and no past_key_values")
+        if packed and (use_cache or cache is not None):
+            raise UnsupportedError(
+                "packed rows with a KV cache: a cache holds one document a row; pass use_cache=False and no "
+                "past_key_values"
+            )
         if use_cache is None:
-            return bool(self.config.use_cache and not self.training and not why)
+            return bool(self.config.use_cache and not self.training and not packed)
         return use_cache
+
+    def _check_cache(self, cache: Cache | None, batch: int, new: int) -> None:
+        if isinstance(cache, MobaCache):
+            cache.check(self.config, self.kconv, batch, new)
+        elif cache is not None and any(self.kconv):
+            raise UnsupportedError(
+                f"kconv with a {type(cache).__name__}: only MobaCache keeps the raw keys it needs; pass one, or none"
+            )

@@ -11,6 +11,8 @@ from transformers import Cache
 
 from mobazoo.attention import Segments
 from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.nn.cache import MobaCache
+from mobazoo.nn.rows import Rows
 from mobazoo.nn.sequence import RowShare
 
 
@@ -73,6 +75,10 @@ def documents(
     slots = length if cache is None else cache.get_mask_sizes(length, 0)[0]
     if attention_mask is not None:
         _check_mask(attention_mask, batch, length, past, slots)
+    if isinstance(cache, MobaCache) and (isinstance(past, Tensor) or past):
+        if position_ids is not None:
+            _refuse_packing(position_ids.expand(batch, length), attention_mask, past)
+        return _continued(shape, device, attention_mask, cache, past), False
     if position_ids is not None:
         position_ids = position_ids.expand(batch, length)
         if slots == length:
@@ -86,10 +92,31 @@ def documents(
     return Segments.from_attention_mask(pad(attention_mask, (0, slots - attention_mask.shape[1]), value=1)), False
 
 
+def _continued(
+    shape: tuple[int, int], device: torch.device, mask: Tensor | None, cache: MobaCache, past: int | Tensor
+) -> Segments:
+    """The documents of a cache's slots after new tokens; the cache knows where rows begin.
+
+    After the prompt every token is real, so that a decoding step need not look at the mask.
+    """
+    batch, length = shape
+    decoding = cache.decode_from is not None and (isinstance(past, Tensor) or past >= cache.decode_from)
+    if mask is None or decoding:
+        return cache.segments(batch, length, device)
+    if isinstance(past, Tensor):
+        cache.begin(Rows.from_mask(mask), past, device)
+        return cache.segments(batch, length, device)
+    mask = mask[:, : past + length]
+    segments = Segments.from_attention_mask(mask)
+    cache.begin(Rows.from_mask(mask), past, device)
+    return segments
+
+
 def _check_mask(mask: Tensor, batch: int, length: int, past: int | Tensor, slots: int) -> None:
     want = slots if isinstance(past, Tensor) else past + length
     good = mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] <= slots
-    if not good or (mask.shape[1] not in (want, slots) and not isinstance(past, Tensor)):
+    fits = good and (isinstance(past, Tensor) or mask.shape[1] == want or mask.shape[1] == slots)
+    if not fits:
         raise InputError(
             f"attention_mask: want [B, past + T] = [{batch}, {want}] with 0 at padding, got {list(mask.shape)}; "
             "zoo models build their own causal mask"

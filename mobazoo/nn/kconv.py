@@ -23,10 +23,14 @@ class KeyConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, heads, 1, head_dim))
 
-    def forward(self, k: Tensor, pos: Tensor) -> Tensor:
-        """Keys ``[B, Hkv, S, D]`` and their positions in their documents ``[B, S]`` to keys of the same shape."""
-        mixed = self.weight[0] * k
-        for lag in range(1, self.weight.shape[0]):
-            earlier = pad(k, (0, 0, lag, 0))[:, :, : k.shape[2]]
+    def forward(self, k: Tensor, pos: Tensor, before: Tensor | None = None) -> Tensor:
+        """Keys ``[B, Hkv, T, D]`` and their positions in their documents ``[B, T]`` to keys of the same shape.
+
+        ``before`` ``[B, Hkv, width - 1, D]`` are the keys of the slots before them (None: there are none).
+        """
+        mixed, width, length = self.weight[0] * k, self.weight.shape[0], k.shape[2]
+        known = pad(k, (0, 0, width - 1, 0)) if before is None else torch.cat([before, k], dim=2)
+        for lag in range(1, width):
+            earlier = known[:, :, width - 1 - lag : width - 1 - lag + length]
             mixed = mixed + self.weight[lag] * torch.where((pos >= lag)[:, None, :, None], earlier, 0.0)
         return k + silu(mixed)

@@ -36,13 +36,16 @@ def problem(
         (problem(SPARSE, dtype=torch.float64), "flash"),
         (problem(SPARSE, dtype=torch.bfloat16, grad=True), "flash"),
         (problem(SPARSE, whole=False), "flash"),
-        (problem(SPARSE, queries=1), "flash"),
+        (problem(SPARSE, queries=1), "decode"),
+        (problem(SPARSE, queries=1, grad=True), "flash"),
+        (problem(SPARSE, "cuda", queries=1, dtype=torch.bfloat16, whole=False), "decode"),
+        (problem(SPARSE, queries=17), "flash"),
         (problem(Full()), "sdpa"),
         (problem(Full(), dtype=torch.float64, grad=True), "sdpa"),
         (problem(Full(), queries=1), "sdpa"),
         (problem(Full(), queries=17), "flash"),
         (problem(Full(), whole=False), "flash"),
-        (problem(Full(), queries=1, whole=False), "flash"),
+        (problem(Full(), queries=1, whole=False), "sdpa"),
         (problem(Full(), "cuda", torch.bfloat16, grad=True), "sdpa"),
         (problem(Full(), "cuda", torch.float32), "sdpa"),
         (problem(Full(), "meta", whole=False), "sdpa"),
@@ -74,7 +77,7 @@ def test_every_backend_of_the_table_exists() -> None:
 
 def fakes(monkeypatch: pytest.MonkeyPatch, able: set[str]) -> None:
     """Backends that support everything or nothing, for the table alone."""
-    for name in {"sdpa", "flash", "flex", "reference"}:
+    for name in {"sdpa", "decode", "flash", "flex", "reference"}:
         answer = None if name in able else "no"
         monkeypatch.setitem(BACKENDS, name, SimpleNamespace(unsupported=lambda _, answer=answer: answer))
 

@@ -81,6 +81,7 @@ def test_show_by_hand_for_one_model() -> None:
     layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384 + 2 * 128
     assert facts["parameters"] == count(embedding + head + 4 * layer + 128)
     assert facts["KV cache per token"] == f"{4 * 2 * 2 * 32 * 4} bytes in float32"
+    assert facts["centroids per token"] == f"{3 * 2 * 32 * 4 / 64:.3g} bytes in float32"
     assert facts["KV cache at full context"] == "8 MiB"
     share = (3 * brute(MoBA(64, 3), 8192) + brute(Full(), 8192)) / (4 * brute(Full(), 8192))
     assert facts["keys read in a prefill of 8K"] == f"{100 * share:.3g} %"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -99,7 +100,29 @@ def test_generate_from_argument_file_and_stdin(checkpoint: Path, tmp_path: Path)
     assert [result.exit_code for result in found] == [0, 0, 0], found[0].output
     assert len({result.stdout for result in found}) == 1
     assert len(found[0].stdout.rstrip("\n")) >= 1
-    assert "9 tokens read, 4 written" in found[0].stderr
+    said = found[0].stderr.splitlines()[-2:]
+    assert re.fullmatch(r"9 tokens read in [\d.]+ s \([\d.]+/s\), 4 written \([\d.]+/s\)", said[0]), said
+    # All layers are full: the three tokens that are read again see 10, 11 and 12 keys.
+    assert re.fullmatch(r"11 keys read per token and head, mean over layers; peak memory [\d.]+ [MG]iB", said[1]), said
+
+
+def test_generate_by_chunks_from_mapped_files_sparsely(checkpoint: Path, tmp_path: Path) -> None:
+    rules = "attention=[{pattern: moba, block_size: 4, top_k: 2}]"
+    common = ("generate", checkpoint, "temperature=0", "max_new_tokens=5", "device=cpu", rules)
+    text = "Once upon a time there was"
+    found = [
+        call(*common, "decode=moba", text=text),
+        call(*common, "decode=moba", "prefill_chunk=7", f"offload={tmp_path}", text=text),
+        call(*common, text=text),
+    ]
+    assert [result.exit_code for result in found] == [0, 0, 0], found[1].output
+    assert found[0].stdout == found[1].stdout
+    # The tokens at 26 to 29 read 4 keys of an earlier block and 3, 4, 1 and 2 of their own.
+    assert ["6 keys" in result.stderr for result in found] == [True, True, False]
+    assert "28 keys" in found[2].stderr
+    plan = call(*common, "prefill_chunk=7", "offload=host", "--dry-run").stdout
+    assert "# would read the prompt 7 tokens at a time" in plan
+    assert "# would keep keys and values in host memory" in plan
 
 
 @pytest.mark.parametrize(
@@ -110,6 +133,13 @@ def test_generate_from_argument_file_and_stdin(checkpoint: Path, tmp_path: Path)
         ([], "", "prompt: is empty; give --prompt, --prompt-file, or text on stdin"),
         (["max_new_tokens=200", "--prompt", "a"], None, "max_new_tokens=200: the model has 128 positions"),
         (["chat=true", "--prompt", "a"], None, "the tokenizer has no chat template"),
+        (["prefill_chunk=0", "--prompt", "a"], None, "prefill_chunk: want at least 1 token, got 0"),
+        (["decode=sparse", "--prompt", "a"], None, "decode: want full or moba, got 'sparse'"),
+        (
+            ["offload=/no/where", "--prompt", "a", "max_new_tokens=1"],
+            None,
+            "offload: want 'host' or a folder for mapped files",
+        ),
         (["max_tokens=3"], "a", "unknown key 'max_tokens'; did you mean 'max_new_tokens'?"),
     ],
 )
@@ -133,7 +163,7 @@ def test_bench_hands_its_arguments_over() -> None:
     assert "mobazoo bench --length" in " ".join(call("bench", "--help").stdout.split())
     wrong = call("bench", "--suite", "gpu")
     assert wrong.exit_code == 2
-    assert wrong.stderr == "error: bench: unknown suite 'gpu'; known: cpu\n"
+    assert wrong.stderr == "error: bench: unknown suite 'gpu'; known: cpu, decode\n"
     assert call("bench", "--no-such-thing").exit_code == 2
 
 

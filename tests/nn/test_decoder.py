@@ -163,7 +163,7 @@ def test_fields_set_later_are_refused_too() -> None:
 def test_rules_are_checked_when_a_model_is_made() -> None:
     with pytest.raises(InputError, match="layer 9 is not there; the model has 3"):
         ours("llama", [{"layers": 9}])
-    with pytest.raises(InputError, match="attention: layer 0: unknown backend 'flashy'; known: auto, flash"):
+    with pytest.raises(InputError, match="attention: layer 0: unknown backend 'flashy'; known: auto, decode, flash"):
         ours("llama", [{"backend": "flashy"}])
     model = ours("llama", MOBA)
     for rules, message in (([{"backend": "flashy"}], "unknown backend"), ([{"topk": 1}], "unknown key 'topk'")):

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import silu
+from transformers import DynamicCache, StaticCache
 
 from mobazoo.attention import Segments
-from mobazoo.errors import UnsupportedError
+from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.nn.cache import MobaCache
 from mobazoo.nn.kconv import KeyConv
 from tests.models.tiny import MOBA, error, ids, ours, padded
 
@@ -79,20 +81,49 @@ def test_it_matters_under_full_attention() -> None:
     assert error(model(ids(1, 20)).logits, plain(ids(1, 20)).logits) > 1e-2
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": True}])
-def test_a_cache_is_refused(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+def test_caches_without_raw_keys_are_refused(cache: Any) -> None:
     model = ours("llama", RULES)
-    with pytest.raises(UnsupportedError, match="kconv with a KV cache is not supported yet; pass use_cache=False"):
-        model.generate(ids(1, 10), max_new_tokens=2, do_sample=False, **options)
-    with pytest.raises(UnsupportedError, match="kconv with a KV cache is not supported yet"):
-        model(ids(1, 10), use_cache=True)
-    assert model(ids(1, 10)).past_key_values is None
+    options = {"max_cache_len": 20} if cache is StaticCache else {}
+    with pytest.raises(UnsupportedError, match=f"kconv with a {cache.__name__}: only MobaCache keeps the raw keys"):
+        model(ids(1, 10), past_key_values=cache(config=model.config, **options))
 
 
-def test_generation_without_a_cache() -> None:
-    model = ours("llama", [{**RULES[0], "decode": "moba"}])
-    out = model.generate(ids(1, 10), max_new_tokens=9, do_sample=False, use_cache=False)
-    assert torch.equal(out[:, 10:], model(out).logits[:, 9:-1].argmax(-1))
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, {}, {"cache_implementation": "static"}, {"prefill_chunk": 1}, {"prefill_chunk": 4}],
+    ids=str,
+)
+def test_generation(options: dict[str, Any]) -> None:
+    model = ours("llama", [{**rule, "decode": "moba"} for rule in RULES])
+    tokens, mask = padded(ids(2, 11), [11, 6], "left")
+    out = model.generate(tokens, attention_mask=mask, max_new_tokens=9, do_sample=False, **options)
+    grown = torch.cat([mask, mask.new_ones(2, 9)], 1)
+    want = model(out, attention_mask=grown, use_cache=False).logits[:, 10:-1]
+    assert torch.equal(out[:, 11:], want.argmax(-1))
+
+
+def test_a_crop_goes_back_as_far_as_raw_keys_are_kept() -> None:
+    model = ours("llama", RULES)
+    tokens = ids(1, 80)
+    cache = MobaCache(model.config)
+    model(tokens, past_key_values=cache)
+    before = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(InputError, match=r"cannot remove 65 tokens: .* keeps the raw keys to go back 64"):
+        cache.crop(-65)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+    want = model(tokens).logits
+    for removed, most in ((60, 64), (4, 4)):
+        cache.crop(-removed)
+        at = cache.get_seq_length()
+        with pytest.raises(InputError, match=f"to go back {most - removed} tokens"):
+            cache.crop(-(most - removed + 1))
+        if removed == 60:
+            got = model(tokens[:, at : at + 10], past_key_values=cache).logits
+            assert error(got, want[:, at : at + 10]) <= 1e-5
+            cache.crop(-10)
+    got = model(tokens[:, 16:], past_key_values=cache).logits
+    assert error(got, want[:, 16:]) <= 1e-5
 
 
 def test_it_comes_and_goes_by_conversion_only() -> None:

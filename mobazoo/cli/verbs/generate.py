@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mobazoo.cli.output import note, progress
+from mobazoo.cli.output import note, progress, size
 from mobazoo.cli.work import DryRun, Outcome, Overrides, show_plan
 from mobazoo.config.generate import GenerateRecipe
 from mobazoo.config.recipe import parse_recipe
+from mobazoo.config.rules import DECODES
 from mobazoo.config.shipped import RECIPES, Source, find, shipped
 from mobazoo.errors import InputError
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 PLACE = ("2 Work", 3)
 EXAMPLES = """Example: mobazoo generate ./Llama-3.1-8B-moba --prompt 'Once upon a time' max_new_tokens=100
 
-Example: cat book.txt question.txt | mobazoo generate ./Qwen3-8B-moba temperature=0 attention='[{decode: moba}]'"""
+Example: cat book.txt question.txt | mobazoo generate ./Qwen3-8B-moba temperature=0 decode=moba prefill_chunk=8192"""
 
 
 def main(
@@ -45,8 +46,32 @@ def main(
     _run(recipe, _prompt(prompt, prompt_file, recipe.prompt))
 
 
+def summary(report: Report) -> list[str]:
+    """What is said at the end."""
+    decode = report.decode_rate
+    return [
+        f"{report.prompt_tokens} tokens read in {report.prefill_seconds:.2f} s ({report.prefill_rate:.1f}/s), "
+        f"{report.new_tokens} written" + (f" ({decode:.1f}/s)" if decode is not None else ""),
+        f"{report.keys_per_token:.0f} keys read per token and head, mean over layers; "
+        f"peak memory {size(report.peak_bytes)}",
+    ]
+
+
 def resolve(model: str, overrides: Sequence[str]) -> GenerateRecipe:
-    """A recipe by path or name, or one that says no more than the model."""
+    """A recipe by path or name, or one that says no more than the model.
+
+    Raises:
+        InputError: settings that no run could use.
+    """
+    recipe = _parse(model, overrides)
+    if recipe.prefill_chunk is not None and recipe.prefill_chunk < 1:
+        raise InputError(f"prefill_chunk: want at least 1 token, got {recipe.prefill_chunk}")
+    if recipe.decode not in (None, *DECODES):
+        raise InputError(f"decode: want {' or '.join(DECODES)}, got {recipe.decode!r}")
+    return recipe
+
+
+def _parse(model: str, overrides: Sequence[str]) -> GenerateRecipe:
     is_recipe = Path(model).is_file() or model.endswith(".yaml") or f"generate/{model}" in shipped(RECIPES)
     if is_recipe or model in shipped(RECIPES):
         return parse_recipe(find(model, RECIPES, "generate"), overrides, GenerateRecipe)
@@ -60,6 +85,11 @@ def plan(recipe: GenerateRecipe) -> list[str]:
         import_module("mobazoo.checkpoint.folder").open_folder(folder)
         import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(folder)
     lines = [f"would load {recipe.model} and write up to {recipe.max_new_tokens} tokens after the prompt"]
+    if recipe.prefill_chunk is not None:
+        lines.append(f"would read the prompt {recipe.prefill_chunk} tokens at a time")
+    if recipe.offload is not None:
+        where = "host memory" if recipe.offload == "host" else f"mapped files in {recipe.offload}"
+        lines.append(f"would keep keys and values in {where}")
     return [*lines, f"would write {recipe.dest}"] if recipe.dest else lines
 
 
@@ -85,13 +115,14 @@ def _run(recipe: GenerateRecipe, prompt: str) -> Report:
     folder = import_module("mobazoo.checkpoint.hub").locate(recipe.model)
     import_module("mobazoo.checkpoint.folder").open_folder(folder)  # what is no checkpoint is said first
     tokenizer = import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(folder)
-    said = {"attention": recipe.attention, "device": recipe.device, "dtype": recipe.dtype}
+    decode = [] if recipe.decode is None else [{"layers": ":", "decode": recipe.decode}]
+    said = {"attention": [*recipe.attention, *decode], "device": recipe.device, "dtype": recipe.dtype}
     with progress() as update:
         model = import_module("mobazoo.checkpoint.ready").ready_model(folder, progress=update, **said)
     report: Report = import_module("mobazoo.generate").generate(model, tokenizer, prompt, recipe, write)
     print(flush=True)
-    rate = report.new_tokens / report.seconds
-    note(f"{report.prompt_tokens} tokens read, {report.new_tokens} written in {report.seconds:.1f} s ({rate:.1f}/s)")
+    for line in summary(report):
+        note(line)
     if recipe.dest is not None:
         found = {"generate": {"prompt": prompt, "text": "".join(pieces), **asdict(report)}}
         import_module("mobazoo.results").write_result(recipe.dest, "generate", recipe, found)
