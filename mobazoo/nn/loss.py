@@ -35,7 +35,9 @@ class _HeadLoss(torch.autograd.Function):
             if grad_hidden is not None and grad_weight is not None:
                 grad = logits.sub_(norm).exp_()
                 grad.scatter_add_(1, at, torch.full_like(norm, -1.0))
-                grad = (grad * (kept[:, None].to(exact) / items)).to(weight.dtype)  # scaled here, lest it be rounded twice
+                grad = (grad * (kept[:, None].to(exact) / items)).to(
+                    weight.dtype
+                )  # scaled here, lest it be rounded twice
                 grad_hidden[part] = grad @ weight
                 grad_weight += grad.T @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)
