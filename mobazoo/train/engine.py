@@ -188,11 +188,12 @@ class Runner(Trainer):
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
         """Gradients of a sharded model wait for the last forward of a step; transformers' own asks its own config."""
-        self.model.set_requires_gradient_sync(False)
+        model: Any = self.model
+        model.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            self.model.set_requires_gradient_sync(True)
+            model.set_requires_gradient_sync(True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: the model was made with the checkpoint's weights."""
