@@ -92,9 +92,11 @@ class Attention(nn.Module):
         return k, v
 
     def _convolve(self, conv: KeyConv, k: Tensor, geometry: Geometry, cache: Cache | None) -> Tensor:
-        slot = query_slots(geometry.segments, k.shape[2], geometry.q_start)
+        pos = geometry.segments.pos
+        if k.shape[2] < pos.shape[1]:  # new tokens on a cache
+            pos = pos[:, query_slots(geometry.segments, k.shape[2], geometry.q_start)]
         before = cache.layers[self.number].raw_before(k) if isinstance(cache, MobaCache) else None
-        return conv(k, geometry.segments.pos[:, slot], before)
+        return conv(k, pos, before)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, known: Centroids | None, geometry: Geometry) -> Tensor:
         """Queries before ``decode_from`` use the layer's pattern, later ones its decode pattern."""
