@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mobazoo.attention import Full, MoBA, Routes, attend, route
-from mobazoo.bench import seconds
+from mobazoo.bench_attention import seconds
 from mobazoo.nn.cache_layer import MobaCacheLayer
 from mobazoo.nn.rows import Rows
 from mobazoo.results import machine

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 from mobazoo._version import __version__
 from mobazoo.config.recipe import plain
 from mobazoo.errors import InputError
+from mobazoo.files import write_whole
 
 _SIGN = "mobazoo"  # the key that tells a result from any other JSON file
 
@@ -40,26 +39,6 @@ def write_result(dest: str | Path, kind: str, recipe: Any, found: Mapping[str, A
     said = {_SIGN: kind, "command": command(), "recipe": plain(recipe), "machine": machine(), **found}
     write_whole(path, json.dumps(said, separators=(",", ":")) + "\n")
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file beside its place and renames it when it is on disk.
-
-    Raises:
-        InputError: a place that cannot be written.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror}; give another dest") from None
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:

@@ -10,16 +10,16 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mobazoo import bench, bench_decode
+from mobazoo import bench, bench_attention, bench_decode
 from mobazoo.attention import MoBA
 
 
-def small(**changes: object) -> bench.Case:
-    return bench.Case(**{"length": 512, "block_size": 64, "top_k": 2, "head_dim": 16, **changes})  # type: ignore[arg-type]
+def small(**changes: object) -> bench_attention.Case:
+    return bench_attention.Case(**{"length": 512, "block_size": 64, "top_k": 2, "head_dim": 16, **changes})  # type: ignore[arg-type]
 
 
 def test_speedup_is_the_median_of_paired_ratios() -> None:
-    result = bench.Result(small(), "flash", full=[2.0, 9.0, 4.0], moba=[1.0, 3.0, 1.0])
+    result = bench_attention.Result(small(), "flash", full=[2.0, 9.0, 4.0], moba=[1.0, 3.0, 1.0])
     assert result.ratios == [2.0, 3.0, 4.0]
     assert result.speedup == 3.0
     row = result.row()
@@ -29,18 +29,18 @@ def test_speedup_is_the_median_of_paired_ratios() -> None:
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pair_times_both(dtype: str, backward: bool) -> None:
-    result = bench.pair(small(dtype=dtype, backward=backward), rounds=1, repeats=1)
+    result = bench_attention.pair(small(dtype=dtype, backward=backward), rounds=1, repeats=1)
     assert result.backend == "auto: flash"
     assert min(*result.full, *result.moba) > 0
 
 
 def test_auto_is_named_as_attend_would_choose_it() -> None:
-    assert bench.pair(small(top_k=8), rounds=1, repeats=1).backend == "auto: sdpa"
-    assert bench.pair(small(backend="reference"), rounds=1, repeats=1).backend == "reference"
+    assert bench_attention.pair(small(top_k=8), rounds=1, repeats=1).backend == "auto: sdpa"
+    assert bench_attention.pair(small(backend="reference"), rounds=1, repeats=1).backend == "reference"
 
 
 def test_stages_share_out_the_whole() -> None:
-    spent = bench.stages(small(length=4096))
+    spent = bench_attention.stages(small(length=4096))
     assert list(spent) == ["gate", "own blocks", "sort", "gather", "routed kernel", "merge and the rest"]
     assert spent["gate"] > 0
     assert spent["own blocks"] > 0
@@ -106,7 +106,7 @@ def test_unknown_suite_is_one_line() -> None:
 
 
 def test_the_suite_holds_the_bounds() -> None:
-    cases = list(bench.suite_cpu())
-    assert (bench.Case(), ">= 8.5") in cases
+    cases = list(bench_attention.suite_cpu())
+    assert (bench_attention.Case(), ">= 8.5") in cases
     assert {case.dtype for case, _ in cases} == {"float32", "bfloat16"}
     assert {case.length for case, _ in cases} >= {768, 1536, 32768, 65536}

@@ -17,7 +17,7 @@ LONGEST = 400
 # Lower layers first; a module imports from its own layer and from those above it in this list. A name covers what is
 # below it unless a longer name is listed. Unlisted modules fail: a new one must be given its place.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("mobazoo._version", "mobazoo.errors"),
+    ("mobazoo._version", "mobazoo.errors", "mobazoo.extras", "mobazoo.files"),
     ("mobazoo", "mobazoo.attention.pattern"),
     ("mobazoo.attention", "mobazoo.config"),
     ("mobazoo.nn",),
@@ -26,8 +26,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mobazoo.checkpoint",),
     ("mobazoo.data", "mobazoo.metrics", "mobazoo.results"),
     ("mobazoo.explain",),
-    ("mobazoo.train", "mobazoo.eval", "mobazoo.generate", "mobazoo.bench", "mobazoo.prefill", "mobazoo.report"),
+    (
+        "mobazoo.train",
+        "mobazoo.eval",
+        "mobazoo.generate",
+        "mobazoo.bench_attention",
+        "mobazoo.prefill",
+        "mobazoo.report",
+    ),
     ("mobazoo.bench_decode",),
+    ("mobazoo.bench",),
     ("mobazoo.zoo",),
     ("mobazoo.cli", "mobazoo.__main__"),
 )
@@ -47,7 +55,15 @@ ATTENTION: tuple[tuple[str, ...], ...] = (
 )
 # Lazy attributes name everything, and see nothing before they are asked.
 LAZY = ("mobazoo", "mobazoo.attention")
-NO_TORCH = ("mobazoo", "mobazoo.errors", "mobazoo.attention", "mobazoo.attention.pattern", "mobazoo.config")
+NO_TORCH = (
+    "mobazoo",
+    "mobazoo.errors",
+    "mobazoo.extras",
+    "mobazoo.files",
+    "mobazoo.attention",
+    "mobazoo.attention.pattern",
+    "mobazoo.config",
+)
 
 
 def modules() -> dict[str, Path]:

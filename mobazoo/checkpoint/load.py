@@ -61,9 +61,30 @@ def load(
         UnsupportedError: another architecture or rope type, pickled or quantised weights, a backend that cannot do
             what its layer needs.
     """
-    folder = open_folder(locate(path_or_name, revision))
+    folder, model = checked(path_or_name, attention=attention, attn=attn, device=device, dtype=dtype, revision=revision)
     if check_sums:
         check_manifest(folder.path)
+    _read_tensors(model, folder, _device(device), model.config.dtype, progress)
+    if (folder.path / _GENERATION).exists():
+        model.generation_config = _generation_config(inside(folder.path, _GENERATION))
+    return model
+
+
+def checked(
+    path_or_name: str | Path,
+    *,
+    attention: Sequence[Mapping[str, Any]] | None = None,
+    attn: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+) -> tuple[Folder, MobaForCausalLM]:
+    """What ``load`` checks before it reads a tensor: the folder, and the model on ``meta``; arguments as there.
+
+    Raises:
+        InputError, UnsupportedError: as ``load``.
+    """
+    folder = open_folder(locate(path_or_name, revision))
     family = family_of(folder.config, folder.path)
     rules = [*(attention or ()), *_shorthand(attn)]
     config = zoo_config(family, folder.config, rules, folder.path)
@@ -79,10 +100,7 @@ def load(
     config._name_or_path = str(path_or_name)
     model = skeleton(family.model, config, folder.path)
     check_fits(folder, model)
-    _read_tensors(model, folder, where, kind, progress)
-    if (folder.path / _GENERATION).exists():
-        model.generation_config = _generation_config(inside(folder.path, _GENERATION))
-    return model
+    return folder, model
 
 
 def check_backends(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mobazoo.checkpoint.load import Progress, load
+from mobazoo.checkpoint.load import Progress, checked, load
 from mobazoo.nn.causal_lm import MobaForCausalLM
 
 
@@ -25,6 +25,22 @@ def ready_model(
     Raises:
         InputError, UnsupportedError: as ``load``.
     """
+    return load(name, attention=attention, device=chosen(device), dtype=dtype, progress=progress)
+
+
+def check_ready(
+    name: str | Path, *, attention: Sequence[Mapping[str, Any]] = (), device: str = "auto", dtype: str | None = None
+) -> None:
+    """Everything that ``ready_model`` checks before it reads a tensor.
+
+    Raises:
+        InputError, UnsupportedError: as ``load``.
+    """
+    checked(name, attention=attention, device=chosen(device), dtype=dtype)
+
+
+def chosen(device: str) -> str:
+    """``auto`` is a GPU if there is one."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load(name, attention=attention, device=device, dtype=dtype, progress=progress)
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device

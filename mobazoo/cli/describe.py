@@ -14,6 +14,7 @@ from mobazoo.attention.pattern import Full, MoBA
 from mobazoo.checkpoint.family import family_of, skeleton, zoo_config
 from mobazoo.checkpoint.folder import CONFIG, inside, read_json
 from mobazoo.checkpoint.hub import locate
+from mobazoo.checkpoint.ready import chosen
 from mobazoo.cli.output import count, size, tokens
 from mobazoo.config.convert import DTYPES
 from mobazoo.config.models import model_entry, model_names
@@ -108,10 +109,8 @@ def _cells(layer: LayerAttention) -> tuple[Any, ...]:
 
 
 def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name).type
+        return torch.device(chosen(name)).type
     except RuntimeError:
         raise InputError(f"--device: want auto, cpu or cuda, got {name!r}") from None
 
@@ -120,4 +119,5 @@ def _dtype(name: str | torch.dtype) -> torch.dtype:
     short = str(name).removeprefix("torch.")
     if short not in DTYPES:
         raise InputError(f"--dtype: want one of {', '.join(DTYPES)}, got {short!r}")
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[short]
+    found: torch.dtype = getattr(torch, short)
+    return found

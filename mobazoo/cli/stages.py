@@ -16,7 +16,8 @@ from mobazoo.cli.output import note
 from mobazoo.cli.work import Outcome, Stage
 from mobazoo.config.recipe import plain
 from mobazoo.config.run import RunRecipe, Step
-from mobazoo.errors import InputError
+from mobazoo.errors import InputError, MobazooError
+from mobazoo.files import read_stamp, write_whole
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,11 @@ class Planned:
 
     def done(self) -> Outcome | None:
         """What it left when it was done before with this recipe, if that is still there."""
-        said = self.stamped()
+        said = read_stamp(self.stamp)
         if said is None or said["digest"] != self.digest:
             return None
         outcome = Outcome(said["line"], said["outputs"])
         return outcome if all(Path(output).exists() for output in outcome.outputs) else None
-
-    def stamped(self) -> dict[str, Any] | None:
-        """The stamp, whatever recipe it was for."""
-        try:
-            said = json.loads(self.stamp.read_text("utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.stamp}: not a stamp ({error}); remove it to run the stage again") from None
-        return dict(said)
 
     def run(self) -> tuple[Outcome, float]:
         """Does it, stamps it, and says how many seconds it took."""
@@ -61,7 +52,6 @@ class Planned:
         begin = time.perf_counter()
         outcome = self.verb.execute(self.recipe)
         seconds = time.perf_counter() - begin
-        self.stamp.parent.mkdir(parents=True, exist_ok=True)
         said = {
             "digest": self.digest,
             "verb": self.step.verb,
@@ -72,14 +62,12 @@ class Planned:
             "seconds": seconds,
             "mobazoo": __version__,
         }
-        part = self.stamp.with_suffix(".part")
-        part.write_text(json.dumps(said, indent=1) + "\n", "utf-8")
-        part.replace(self.stamp)
+        write_whole(self.stamp, json.dumps(said, indent=1) + "\n")
         return outcome, seconds
 
     def _clear(self) -> None:
         """Removes what this stage wrote into the run's own folder when its recipe was another."""
-        said, folder = self.stamped(), self.stamp.parent.parent.resolve()
+        said, folder = read_stamp(self.stamp), self.stamp.parent.parent.resolve()
         if said is None:
             return
         for output in map(Path, said["outputs"]):
@@ -94,6 +82,7 @@ def planned(recipe: RunRecipe, verbs: Mapping[str, Any]) -> list[Planned]:
 
     Raises:
         InputError: a verb that is none, or anything wrong in a stage's recipe, with the stage's number.
+        UnsupportedError: a library that a stage needs is not here.
     """
     known = {name: verb for name, verb in verbs.items() if hasattr(verb, "execute")}
     stages, digest = [], ""
@@ -102,8 +91,8 @@ def planned(recipe: RunRecipe, verbs: Mapping[str, Any]) -> list[Planned]:
             raise InputError(f"stage {number}: {step.verb!r} is no stage; want one of {', '.join(known)}")
         try:
             resolved = known[step.verb].resolve(step.recipe, step.overrides)
-        except InputError as error:
-            raise InputError(f"stage {number} ({step.verb}): {error}") from None
+        except MobazooError as error:
+            raise type(error)(f"stage {number} ({step.verb}): {error}") from None
         said = json.dumps([digest, step.verb, plain(resolved)], sort_keys=True)
         digest = hashlib.sha256(said.encode()).hexdigest()
         stamp = Path(recipe.folder, ".stages", f"{number:02}-{step.verb}.json")

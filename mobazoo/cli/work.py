@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
@@ -47,6 +49,38 @@ def work(verb: Stage, recipe: str, overrides: Sequence[str] | None, dry_run: boo
         show_plan(resolved, verb.plan(resolved))
     else:
         say(verb.execute(resolved).line)
+
+
+def is_here(name: str) -> bool:
+    """Whether a checkpoint is a folder of this machine now."""
+    return Path(name).expanduser().is_dir()
+
+
+def not_here(name: str) -> str:
+    """How a plan names a checkpoint that is not here; a stage before may write it."""
+    return f"{name} (no folder here now; a Hub id if there is none by then)"
+
+
+def would_load(
+    name: str,
+    rules: Sequence[Sequence[Mapping[str, Any]]],
+    device: str,
+    dtype: str | None,
+    tokenizer: bool = True,
+) -> str:
+    """The line of a plan about a checkpoint; one that is here is checked with each list of rules, the Hub is not asked.
+
+    Raises:
+        InputError, UnsupportedError: it could not be loaded.
+    """
+    if not is_here(name):
+        return f"would load {not_here(name)}"
+    ready = import_module("mobazoo.checkpoint.ready")
+    for attention in rules:
+        ready.check_ready(name, attention=attention, device=device, dtype=dtype)
+    if tokenizer:
+        import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(name)
+    return f"would load {name}"
 
 
 def show_plan(resolved: Any, plan: Sequence[str]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mobazoo.errors import InputError
+from mobazoo.extras import require
 
 STDLIB = "stdlib"
 FORMATS = ("text", "jsonl", "parquet", "hub")
+_LIBRARIES = {"parquet": "pyarrow", "hub": "datasets"}
 SPLITS = ("train", "validation", "all")
 
 
@@ -71,3 +73,12 @@ class Data:
             raise InputError(f"{where}.messages: text files hold no chats; set format to jsonl, parquet or hub")
         if self.streaming and self.format != "hub":
             raise InputError(f"{where}.streaming: only Hub datasets stream; set format: hub, or leave it out")
+
+    def require(self) -> None:
+        """Refuses to begin without the library that reads ``format``.
+
+        Raises:
+            UnsupportedError: it is not here.
+        """
+        if self.format in _LIBRARIES:
+            require(_LIBRARIES[self.format], "data.format", "mobazoo[data]")

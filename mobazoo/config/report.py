@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mobazoo.extras import require
+
 
 @dataclass(frozen=True, slots=True)
 class ReportRecipe:
@@ -18,3 +20,11 @@ class ReportRecipe:
     run: str
     dest: str | None = None
     title: str = "MoBA: what it costs and what it saves"
+
+    def require(self) -> None:
+        """Refuses to begin without the libraries it needs.
+
+        Raises:
+            UnsupportedError: one that is not here.
+        """
+        require("matplotlib", "report", "mobazoo[report]")

@@ -10,6 +10,7 @@ from mobazoo.config.convert import DIRECTIONS
 from mobazoo.config.data import Data
 from mobazoo.config.rules import parse_rules
 from mobazoo.errors import InputError
+from mobazoo.extras import require
 
 DECAYS = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
@@ -178,6 +179,21 @@ class TrainRecipe:
             raise InputError("train.lora: want rank >= 1, dropout from 0 up to 1 and at least one target")
         if self.evaluate_every is not None and self.validation is None:
             raise InputError("train.evaluate_every: there is no validation to measure on; give train.validation")
+
+    def require(self) -> None:
+        """Refuses to begin without the libraries that the run needs.
+
+        Raises:
+            UnsupportedError: one that is not here, with the extra that brings it.
+        """
+        require("accelerate", "train", "mobazoo[train]")
+        if self.lora is not None:
+            require("peft", "train.lora", "mobazoo[lora]")
+        if self.tensorboard:
+            require("tensorboard", "train.tensorboard", "tensorboard")
+        for data in (self.data, self.validation):
+            if data is not None:
+                data.require()
 
     def _check_schedule(self) -> None:
         before = 0

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mobazoo.config.data import Data
 from mobazoo.data.documents import Document, find_files
-from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.errors import InputError
 
 _BATCH = 1024
 
@@ -23,6 +22,7 @@ def read_records(data: Data) -> Iterator[Document]:
         InputError: a file or row that is not what the recipe says, naming it.
         UnsupportedError: a library that is not here.
     """
+    data.require()
     rows = {"jsonl": _jsonl, "parquet": _parquet, "hub": _hub}[data.format]
     for name, row in rows(data):
         yield _document(name, row, data)
@@ -71,7 +71,6 @@ def _parsed(line: bytes, path: Path, number: int) -> Mapping[str, Any]:
 
 
 def _parquet(data: Data) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    _require("pyarrow")
     arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     wanted = data.messages or data.text
     for name, path in find_files(data):
@@ -89,7 +88,6 @@ def _parquet(data: Data) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _hub(data: Data) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    _require("datasets")
     datasets = import_module("datasets")
     try:
         rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
@@ -99,8 +97,3 @@ def _hub(data: Data) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise InputError(f"data.path: {data.path}: {' '.join(str(error).split())[:200]}") from None
     for number, row in enumerate(rows, 1):
         yield f"{data.path}:{number}", row
-
-
-def _require(library: str) -> None:
-    if find_spec(library) is None:
-        raise UnsupportedError(f"data.format: needs {library}, which is not here; pip install 'mobazoo[data]'")

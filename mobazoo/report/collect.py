@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mobazoo.errors import InputError
+from mobazoo.files import read_stamp
 from mobazoo.results import read_results
 
 
@@ -37,7 +36,8 @@ def collect(folder: Path) -> Findings:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; want that of a run, or one with JSON results of eval, bench, ...")
-    stages = [_stamp(path) for path in sorted((folder / ".stages").glob("*.json"))]
+    stamps = map(read_stamp, sorted((folder / ".stages").glob("*.json")))
+    stages = [stamp for stamp in stamps if stamp is not None]
     results = read_results(folder)
     if not results:
         raise InputError(f"{folder}: holds no result; give eval, bench or generate a dest=....json in it")
@@ -47,13 +47,3 @@ def collect(folder: Path) -> Findings:
         [stage for stage in stages if stage["verb"] != "report"],
         {name: results[name] for name in sorted(results, key=lambda name: (order[name], name))},
     )
-
-
-def _stamp(path: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a stamp ({error}); remove it to run the stage again") from None
-    if not isinstance(said, Mapping) or not {"verb", "outputs", "line", "seconds", "command", "recipe"} <= said.keys():
-        raise InputError(f"{path}: not a stamp of this version; remove it to run the stage again")
-    return dict(said)

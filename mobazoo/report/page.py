@@ -10,11 +10,10 @@ from typing import Any
 
 from mobazoo.config.recipe import to_yaml
 from mobazoo.config.report import ReportRecipe
-from mobazoo.errors import UnsupportedError
+from mobazoo.files import write_whole
 from mobazoo.report.collect import Findings, collect
 from mobazoo.report.html import figure, length_label, more, page, paragraph, section, table
 from mobazoo.report.style import CSS
-from mobazoo.results import write_whole
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
@@ -26,6 +25,7 @@ def write_report(recipe: ReportRecipe) -> tuple[Path, Table]:
         InputError: a folder without results, or a place that cannot be written.
         UnsupportedError: matplotlib is not installed.
     """
+    recipe.require()
     folder = Path(recipe.run).expanduser()
     findings = collect(folder)
     dest = Path(recipe.dest).expanduser() if recipe.dest else folder / "report.html"
@@ -35,7 +35,7 @@ def write_report(recipe: ReportRecipe) -> tuple[Path, Table]:
 
 def render(findings: Findings, title: str) -> str:
     """The page as text."""
-    plots = _plots()
+    plots = import_module("mobazoo.report.plots")
     parts = [_head(findings, title), _short(findings), '<div class="grid">']
     parts += [_losses(findings, plots), _prefill(findings, plots), *_choices(findings, plots), *_texts(findings)]
     parts += ["</div>", _stages(findings), _machine(findings)]
@@ -57,17 +57,6 @@ def short_table(findings: Findings) -> Table:
         rows.append((where, "full", f"{row['full_median_s']:.2f} s", ""))
         rows.append((where, "moba", f"{row['moba_median_s']:.2f} s", f"{row['speedup']:.1f} x faster"))
     return header, rows
-
-
-def _plots() -> Any:
-    try:
-        return import_module("mobazoo.report.plots")
-    except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "numpy"):
-            raise
-        raise UnsupportedError(
-            f"report: needs {error.name}, which is not installed; pip install 'mobazoo[report]'"
-        ) from None
 
 
 def _head(findings: Findings, title: str) -> str:

@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,16 +28,6 @@ from mobazoo.train.state import load_optimizer, load_random, optimizer_state, ra
 
 Write = Callable[[Path, dict[str, Tensor]], None]
 _SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
-
-
-def require_accelerate() -> None:
-    """Refuses to begin without accelerate.
-
-    Raises:
-        UnsupportedError: naming the extra that brings it.
-    """
-    if find_spec("accelerate") is None:
-        raise UnsupportedError("training needs accelerate, which is not here; pip install 'mobazoo[train]'")
 
 
 def arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:

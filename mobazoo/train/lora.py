@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mobazoo.config.train import Lora
-from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.errors import InputError
 from mobazoo.nn.causal_lm import MobaForCausalLM
 
 ADAPTER = "adapter.safetensors"
-
-
-def require_peft() -> None:
-    """Refuses to begin without peft.
-
-    Raises:
-        UnsupportedError: naming the extra that brings it.
-    """
-    if find_spec("peft") is None:
-        raise UnsupportedError("train.lora: needs peft, which is not here; pip install 'mobazoo[lora]'")
 
 
 def adapted(model: MobaForCausalLM, lora: Lora) -> Any:

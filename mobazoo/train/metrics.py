@@ -6,14 +6,12 @@ import json
 import time
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mobazoo.config.train import TrainRecipe
-from mobazoo.errors import UnsupportedError
 
 Log = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -115,16 +113,6 @@ class Metrics(TrainerCallback):
     def pause(self, seconds: float) -> None:
         """Leaves time that was not spent on training out of the rate."""
         self.since += seconds
-
-
-def require_tensorboard() -> None:
-    """Refuses to begin without tensorboard.
-
-    Raises:
-        UnsupportedError: naming the package.
-    """
-    if find_spec("tensorboard") is None:
-        raise UnsupportedError("train.tensorboard: needs tensorboard, which is not here; pip install tensorboard")
 
 
 def _board(folder: Path) -> Any:

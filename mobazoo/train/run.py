@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import torch
 from torch import distributed, nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
-from mobazoo._version import __version__
 from mobazoo.checkpoint.folder import read_json
 from mobazoo.checkpoint.place import METRICS, free_place
-from mobazoo.config.recipe import plain
 from mobazoo.config.rules import LayerAttention
 from mobazoo.config.train import TrainRecipe
 from mobazoo.data.collate import Collator
@@ -30,21 +25,19 @@ from mobazoo.data.stream import Stream
 from mobazoo.data.tokens import tokenize
 from mobazoo.errors import Stopped
 from mobazoo.explain import groups
-from mobazoo.nn.causal_lm import MobaForCausalLM
 from mobazoo.train.checkpoints import STATE, check_identity, clear, newest, owned, step_of
-from mobazoo.train.engine import Finite, Runner, Saver, arguments, require_accelerate
-from mobazoo.train.evaluate import Losses, evaluate
+from mobazoo.train.engine import Finite, Runner, Saver, arguments
+from mobazoo.train.evaluate import Losses, Progress
 from mobazoo.train.export import export, write_model
-from mobazoo.train.lora import adapted, merged, read_adapter, require_peft, write_adapter
-from mobazoo.train.metrics import Log, Metrics, require_tensorboard
+from mobazoo.train.lora import adapted, merged, read_adapter, write_adapter
+from mobazoo.train.metrics import Log, Metrics
 from mobazoo.train.order import Order, Shared
 from mobazoo.train.parallel import is_launched, shard, share_rows
 from mobazoo.train.schedule import Switch
-from mobazoo.train.setup import Setup, make_model, prepare
+from mobazoo.train.setup import Setup, make_model, prepare, provenance
 from mobazoo.train.speed import operations_per_token, peak, share_of_keys
 from mobazoo.train.state import whole_weights
-
-Progress = Callable[[str, int, int], None]
+from mobazoo.train.watch import Evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +86,7 @@ def plan_train(recipe: TrainRecipe) -> TrainPlan:
     Raises:
         InputError, UnsupportedError: as ``train``.
     """
-    _require(recipe)
+    recipe.require()
     setup = prepare(recipe)
     free_place(recipe.dest, recipe.overwrite)
     return _plan(recipe, setup)
@@ -112,7 +105,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None, log: Log | None
         UnsupportedError: a model the zoo does not have, or a library that is not here.
     """
     started = monotonic()
-    _require(recipe)
+    recipe.require()
     setup = prepare(recipe)
     dest = free_place(recipe.dest, recipe.overwrite)
     work = dest.with_name(f"{dest.name}.training")
@@ -277,66 +270,6 @@ def agreed(value: Path | None) -> Path | None:
 
 def _silent(line: str) -> None:
     """Other processes than the first say nothing."""
-
-
-class Evaluation(TrainerCallback):
-    """Measures the validation loss every so often, and at the end."""
-
-    def __init__(
-        self,
-        recipe: TrainRecipe,
-        model: MobaForCausalLM,
-        rows: Rows | None,
-        metrics: Metrics,
-        progress: Progress | None,
-        log: Log,
-    ) -> None:
-        self.recipe, self.model, self.rows, self.metrics = recipe, model, rows, metrics
-        self.progress, self.log = progress, log
-        self.last: Losses | None = None
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measures where it is time to."""
-        every = self.recipe.evaluate_every
-        last = state.global_step == state.max_steps
-        if self.rows is not None and (last or (every and state.global_step % every == 0)):
-            self.measure(args, state.global_step)
-
-    def measure(self, args: TrainingArguments, step: int) -> None:
-        """Measures now."""
-        assert self.rows is not None
-        begin = monotonic()
-        batch, rank, world = args.per_device_train_batch_size, args.process_index, args.world_size
-        self.last = evaluate(self.model, self.rows, batch, args.device, self.progress, rank, world)
-        self.metrics.pause(monotonic() - begin)
-        if rank == 0:
-            self.metrics.write({"step": step, "validation": asdict(self.last)})
-        trailing = "" if self.last.trailing is None else f", trailing {self.last.trailing:.4f}"
-        self.log(f"step {step}: validation loss {self.last.loss:.4f}{trailing}")
-
-
-def provenance(recipe: TrainRecipe, setup: Setup) -> dict[str, Any]:
-    """How the weights came about; no folder of this machine is in it."""
-    asked = plain(recipe)
-    for key in ("dest", "overwrite", "tokenizer"):
-        del asked[key]
-    for key in ("data", "validation"):
-        if asked[key]:
-            asked[key]["path"] = Path(asked[key]["path"]).name
-    return {
-        "trained_from": "random weights" if setup.random else Path(recipe.model).name,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "versions": {"mobazoo": __version__, **{name: version(name) for name in ("torch", "transformers")}},
-        "recipe": {**asked, "model": Path(recipe.model).name},
-    }
-
-
-def _require(recipe: TrainRecipe) -> None:
-    require_accelerate()
-    if recipe.lora is not None:
-        require_peft()
-    if recipe.tensorboard:
-        require_tensorboard()
 
 
 def _plan(recipe: TrainRecipe, setup: Setup) -> TrainPlan:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from mobazoo._version import __version__
 from mobazoo.checkpoint.family import Family, family_of, skeleton, zoo_config
 from mobazoo.checkpoint.folder import open_folder
 from mobazoo.checkpoint.hub import locate
@@ -18,6 +21,7 @@ from mobazoo.checkpoint.load import load
 from mobazoo.checkpoint.tokenizer import load_tokenizer
 from mobazoo.config.keys import refuse_unknown
 from mobazoo.config.models import ModelEntry, model_entry, model_names
+from mobazoo.config.recipe import plain
 from mobazoo.config.rules import Rule
 from mobazoo.config.train import TrainRecipe
 from mobazoo.errors import InputError
@@ -139,3 +143,19 @@ def _check_fit(recipe: TrainRecipe, config: Any, tokenizer: PreTrainedTokenizerB
         )
     if not isinstance(tokenizer.eos_token_id, int):
         raise InputError("train.tokenizer: has no end token (eos_token), which ends each document; set one and save it")
+
+
+def provenance(recipe: TrainRecipe, setup: Setup) -> dict[str, Any]:
+    """How the weights came about; no folder of this machine is in it."""
+    asked = plain(recipe)
+    for key in ("dest", "overwrite", "tokenizer"):
+        del asked[key]
+    for key in ("data", "validation"):
+        if asked[key]:
+            asked[key]["path"] = Path(asked[key]["path"]).name
+    return {
+        "trained_from": "random weights" if setup.random else Path(recipe.model).name,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": {"mobazoo": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+        "recipe": {**asked, "model": Path(recipe.model).name},
+    }

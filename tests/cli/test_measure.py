@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from mobazoo import extras
 from mobazoo.cli import app
 from mobazoo.config.run import RunRecipe
 from mobazoo.config.shipped import RECIPES, shipped
@@ -62,10 +64,65 @@ def test_dry_runs_do_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert call("eval", "again.yaml", "--dry-run").stdout == said
     (tmp_path / "again.yaml").unlink()
     said = call("bench", "prefill", "model=m", "lengths=[8, 16]", "--dry-run").stdout
-    assert "# would load m\n# would time prefill of 8, 16 tokens, 3 rounds" in said
+    absent = "would load m (no folder here now; a Hub id if there is none by then)"
+    assert f"# {absent}\n# would time prefill of 8, 16 tokens, 3 rounds" in said
     assert "# would write runs/x/report.html" in call("report", "runs/x", "--dry-run").stdout
     said = call("generate", "sample", "model=m", "prompt=a", "dest=b.json", "--dry-run").stdout
-    assert "# would load m and write up to 128 tokens after the prompt\n# would write b.json" in said
+    assert f"# {absent}\n# would write up to 128 tokens after the prompt\n# would write b.json" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "loss", "model=zoo", "data.path=texts", "settings.a=[{layers: 7, pattern: full}]"], "layer 7"),
+        (["eval", "loss", "model=bare", "data.path=texts"], "has no tokenizer"),
+        (["bench", "prefill", "model=zoo", "attention=[{backend: sdpa}]"], "backend 'sdpa' cannot do this"),
+        (["bench", "prefill", "model=texts"], "not a checkpoint folder"),
+        (["generate", "zoo", "attention=[{layers: 7, pattern: full}]"], "layer 7"),
+    ],
+)
+def test_dry_runs_check_a_folder_that_is_here(
+    words: list[str], message: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    if "model=bare" in words and not Path("bare").exists():
+        Path("bare").mkdir()
+        for name in ("config.json", "model.safetensors"):
+            Path("bare", name).symlink_to(Path("zoo", name).absolute())
+    result = call(*words, "--dry-run")
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_bench_finds_its_recipe_after_the_options() -> None:
+    said = call("bench", "--dry-run", "prefill", "model=m")
+    assert said.exit_code == 0, said.output
+    assert "# would time prefill of" in said.stdout
+    assert "mobazoo bench prefill model=" in " ".join(call("bench", "prefill", "--help").stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("library", "words", "message"),
+    [
+        ("accelerate", ["train", "continue", "model=m", "dest=d"], "train: needs accelerate, .*'mobazoo\\[train\\]'"),
+        ("peft", ["train", "continue", "model=m", "dest=d", "lora={rank: 2}"], "train.lora: needs peft, .*mobazoo\\[lora"),
+        ("datasets", ["eval", "loss", "model=m", "data={path: a/b, format: hub}"], "needs datasets, .*mobazoo\\[data\\]"),
+        ("pyarrow", ["tokenizer", "stdlib", "dest=d", "data={path: a, format: parquet}"], "needs pyarrow, .*mobazoo"),
+        ("matplotlib", ["report", "runs/x"], "report: needs matplotlib, .*'mobazoo\\[report\\]'"),
+        ("matplotlib", ["run", "quickstart", "folder=f"], r"stage 10 \(report\): report: needs matplotlib, "),
+    ],
+)
+def test_a_missing_library_is_said_before_anything_begins(
+    library: str, words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == library else True)
+    result = call(*words)
+    assert result.exit_code == 2, result.output
+    assert re.search(message, result.stderr)
+    assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

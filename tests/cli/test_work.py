@@ -152,7 +152,8 @@ def test_generate_errors(args: list[str], text: str | None, message: str, checkp
 def test_generate_dry_run_loads_nothing() -> None:
     result = call("generate", "org/model", "seed=1", "--dry-run")
     assert "model: org/model" in result.stdout
-    assert "# would load org/model and write up to 256 tokens" in result.stdout
+    assert "# would load org/model (no folder here now" in result.stdout
+    assert "# would write up to 256 tokens after the prompt" in result.stdout
 
 
 def test_bench_hands_its_arguments_over() -> None:
@@ -272,7 +273,9 @@ def test_a_bad_recipe_of_a_later_stage_names_the_stage(tmp_path: Path) -> None:
 def test_a_stamp_that_is_none_says_so(stages: Any) -> None:
     stages.run()
     (stages.folder / ".stages" / "01-write.json").write_text("{")
-    assert "not a stamp" in stages.run().stderr
+    assert "not a stamp (" in stages.run().stderr
+    (stages.folder / ".stages" / "01-write.json").write_text("{}")
+    assert "not a stamp of this version" in stages.run().stderr
 
 
 def test_planned_stages_place_the_folder(stages: Any) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mobazoo import extras
 from mobazoo.config.data import Data
 from mobazoo.config.tokenizer import TokenizerRecipe
-from mobazoo.data import records
 from mobazoo.data.bpe import train_tokenizer
 from mobazoo.data.documents import read_documents
 from mobazoo.data.tokens import tokenize
@@ -88,7 +88,7 @@ def test_bad_rows_are_named(line: str, fields: dict[str, str], message: str, tmp
 
 
 def test_a_missing_library_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     for kind, library in (("parquet", "pyarrow"), ("hub", "datasets")):
         with pytest.raises(UnsupportedError, match=rf"needs {library}, which is not here; .*mobazoo\[data\]"):
             list(read_documents(Data(str(tmp_path), format=kind)))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig
 
 import mobazoo
+from mobazoo import extras
 from mobazoo.attention.pattern import MoBA
 from mobazoo.config.data import Data
 from mobazoo.config.rules import LayerAttention
@@ -22,7 +23,7 @@ from mobazoo.config.train import Lora, TrainRecipe
 from mobazoo.data.documents import Document
 from mobazoo.data.stream import Stream
 from mobazoo.errors import InputError, Stopped, UnsupportedError
-from mobazoo.train import lora, metrics, speed, train
+from mobazoo.train import speed, train
 
 from .test_resume import same, stop_after
 
@@ -94,7 +95,7 @@ def test_adapters_learn_resume_and_merge(recipe: Make, tmp_path: Path, monkeypat
         train(recipe(**{**base, "lora": Lora(targets=["lm_head"])}, dest=str(tmp_path / "other")))
     with pytest.raises(InputError, match=r"train.lora: want rank >= 1"):
         train(recipe(lora=Lora(rank=0)))
-    monkeypatch.setattr(lora, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "peft" else True)
     with pytest.raises(UnsupportedError, match=r"train.lora: needs peft, .*'mobazoo\[lora\]'"):
         train(recipe(lora=Lora()))
 
@@ -123,10 +124,10 @@ def test_prompts_are_not_learned(recipe: Make, tokenizer: str, tmp_path: Path) -
 
 
 def test_tensorboard_gets_every_line(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "tensorboard" else True)
     with pytest.raises(UnsupportedError, match=r"train.tensorboard: needs tensorboard"):
         train(recipe(tensorboard=True))
-    monkeypatch.setattr(metrics, "find_spec", lambda name: True)
+    monkeypatch.setattr(extras, "find_spec", lambda name: True)
     seen: list[tuple[str, int]] = []
     writer = SimpleNamespace(add_scalar=lambda name, value, step: seen.append((name, step)))
     fake = ModuleType("torch.utils.tensorboard")

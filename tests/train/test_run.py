@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mobazoo
+from mobazoo import extras
 from mobazoo.checkpoint.manifest import check_manifest
 from mobazoo.config.data import Data
 from mobazoo.config.train import TrainRecipe
@@ -149,7 +150,7 @@ def test_a_checkpoints_config_is_not_the_recipes(recipe: Make, tokenizer: str, t
 
 
 def test_without_accelerate_the_extra_is_named(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"pip install 'mobazoo\[train\]'"):
         train(recipe())
 

@@ -9,7 +9,7 @@ from importlib import import_module
 import typer
 
 from mobazoo.cli.output import progress, table
-from mobazoo.cli.work import Outcome, work
+from mobazoo.cli.work import Outcome, work, would_load
 from mobazoo.config.bench import BenchRecipe
 from mobazoo.config.recipe import load_recipe
 
@@ -24,11 +24,12 @@ DRY_RUN = "--dry-run"
 
 def main(context: typer.Context) -> None:
     """Time MoBA against full attention on this machine: a checkpoint by a recipe, or attention alone by options."""
-    words = context.args
-    if words and not words[0].startswith("-"):
-        recipe, *overrides = (word for word in words if word != DRY_RUN)
-        work(sys.modules[__name__], recipe, overrides, DRY_RUN in words)
+    words, rest = context.args, [word for word in context.args if word != DRY_RUN]
+    if rest and not rest[0].startswith("-") and "--help" not in rest:
+        work(sys.modules[__name__], rest[0], rest[1:], DRY_RUN in words)
         return
+    if "--help" in words:
+        words = ["--help"]
     code = import_module("mobazoo.bench").app(words, prog_name="mobazoo bench", standalone_mode=False)
     if code:
         raise typer.Exit(code)
@@ -42,9 +43,10 @@ def resolve(recipe: str, overrides: Sequence[str]) -> BenchRecipe:
 
 
 def plan(recipe: BenchRecipe) -> list[str]:
-    """What would happen."""
+    """What would happen. A folder that is here is checked; the Hub is not asked."""
     lengths = ", ".join(map(str, recipe.lengths))
-    lines = [f"would load {recipe.model}", f"would time prefill of {lengths} tokens, {recipe.rounds} rounds"]
+    load = would_load(recipe.model, [recipe.attention], recipe.device, recipe.dtype, tokenizer=False)
+    lines = [load, f"would time prefill of {lengths} tokens, {recipe.rounds} rounds"]
     return [*lines, f"would write {recipe.dest}"] if recipe.dest else lines
 
 

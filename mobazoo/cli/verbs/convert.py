@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mobazoo.cli.output import progress, size
-from mobazoo.cli.work import DryRun, Outcome, Overrides, RecipeArgument, work
+from mobazoo.cli.work import DryRun, Outcome, Overrides, RecipeArgument, is_here, not_here, work
 from mobazoo.config.convert import ConvertRecipe
 from mobazoo.config.recipe import load_recipe
 
@@ -41,8 +40,8 @@ def resolve(recipe: str, overrides: Sequence[str]) -> ConvertRecipe:
 
 def plan(recipe: ConvertRecipe) -> list[str]:
     """What would happen. A folder that is here is checked as for the conversion itself; the Hub is not asked."""
-    if not Path(recipe.source).expanduser().is_dir():
-        lines = [f"would read {recipe.source} (no folder here now; a Hub id if there is none by then)"]
+    if not is_here(recipe.source):
+        lines = [f"would read {not_here(recipe.source)}"]
     else:
         found: Plan = import_module("mobazoo.checkpoint.convert").plan_convert(recipe)
         same = sum(shard.same is not None for shard in found.shards)

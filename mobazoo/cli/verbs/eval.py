@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from mobazoo.cli.output import progress, table
-from mobazoo.cli.work import DryRun, Outcome, Overrides, RecipeArgument, work
+from mobazoo.cli.work import DryRun, Outcome, Overrides, RecipeArgument, work, would_load
 from mobazoo.config.eval import EvalRecipe
 from mobazoo.config.recipe import load_recipe
 
@@ -27,13 +27,15 @@ def resolve(recipe: str, overrides: Sequence[str]) -> EvalRecipe:
     """The recipe, from recipes/eval if it is only named."""
     resolved = load_recipe(recipe, overrides, EvalRecipe, folder="eval")
     resolved.check()
+    resolved.data.require()
     return resolved
 
 
 def plan(recipe: EvalRecipe) -> list[str]:
-    """What would happen."""
+    """What would happen. A folder that is here is checked with every setting; the texts are not read."""
     texts = f"up to {recipe.documents} texts of {recipe.length} tokens from {recipe.data.path}"
-    lines = [f"would read {texts}", f"would load {recipe.model}"]
+    load = would_load(recipe.model, list(recipe.named_settings().values()), recipe.device, recipe.dtype)
+    lines = [f"would read {texts}", load]
     lines.append(f"would compare the settings {', '.join(recipe.named_settings())}")
     return [*lines, f"would write {recipe.dest}"] if recipe.dest else lines
 

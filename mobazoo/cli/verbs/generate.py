@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mobazoo.cli.output import note, progress, size
-from mobazoo.cli.work import DryRun, Outcome, Overrides, show_plan
+from mobazoo.cli.work import DryRun, Outcome, Overrides, show_plan, would_load
 from mobazoo.config.generate import GenerateRecipe
 from mobazoo.config.recipe import parse_recipe
 from mobazoo.config.rules import DECODES
@@ -80,11 +80,8 @@ def _parse(model: str, overrides: Sequence[str]) -> GenerateRecipe:
 
 def plan(recipe: GenerateRecipe) -> list[str]:
     """What would happen. A folder that is here is checked; the Hub is not asked."""
-    folder = Path(recipe.model).expanduser()
-    if folder.is_dir():
-        import_module("mobazoo.checkpoint.folder").open_folder(folder)
-        import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(folder)
-    lines = [f"would load {recipe.model} and write up to {recipe.max_new_tokens} tokens after the prompt"]
+    load = would_load(recipe.model, [_rules(recipe)], recipe.device, recipe.dtype)
+    lines = [load, f"would write up to {recipe.max_new_tokens} tokens after the prompt"]
     if recipe.prefill_chunk is not None:
         lines.append(f"would read the prompt {recipe.prefill_chunk} tokens at a time")
     if recipe.offload is not None:
@@ -115,8 +112,7 @@ def _run(recipe: GenerateRecipe, prompt: str) -> Report:
     folder = import_module("mobazoo.checkpoint.hub").locate(recipe.model)
     import_module("mobazoo.checkpoint.folder").open_folder(folder)  # what is no checkpoint is said first
     tokenizer = import_module("mobazoo.checkpoint.tokenizer").load_tokenizer(folder)
-    decode = [] if recipe.decode is None else [{"layers": ":", "decode": recipe.decode}]
-    said = {"attention": [*recipe.attention, *decode], "device": recipe.device, "dtype": recipe.dtype}
+    said = {"attention": _rules(recipe), "device": recipe.device, "dtype": recipe.dtype}
     with progress() as update:
         model = import_module("mobazoo.checkpoint.ready").ready_model(folder, progress=update, **said)
     report: Report = import_module("mobazoo.generate").generate(model, tokenizer, prompt, recipe, write)
@@ -127,6 +123,11 @@ def _run(recipe: GenerateRecipe, prompt: str) -> Report:
         found = {"generate": {"prompt": prompt, "text": "".join(pieces), **asdict(report)}}
         import_module("mobazoo.results").write_result(recipe.dest, "generate", recipe, found)
     return report
+
+
+def _rules(recipe: GenerateRecipe) -> list[dict[str, Any]]:
+    decode = [] if recipe.decode is None else [{"layers": ":", "decode": recipe.decode}]
+    return [*recipe.attention, *decode]
 
 
 def _prompt(text: str | None, file: Path | None, said: str | None) -> str:

@@ -36,8 +36,12 @@ def main(
 def resolve(recipe: str, overrides: Sequence[str]) -> ReportRecipe:
     """A recipe by its file, or one that says no more than the run's folder."""
     if Path(recipe).is_file():
-        return parse_recipe(find(recipe), overrides, ReportRecipe)
-    return parse_recipe(Source(recipe, recipe, f"run: {json.dumps(recipe)}"), overrides, ReportRecipe)
+        source = find(recipe)
+    else:
+        source = Source(recipe, recipe, f"run: {json.dumps(recipe)}")
+    resolved = parse_recipe(source, overrides, ReportRecipe)
+    resolved.require()
+    return resolved
 
 
 def plan(recipe: ReportRecipe) -> list[str]:

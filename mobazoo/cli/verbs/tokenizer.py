@@ -31,6 +31,7 @@ def resolve(recipe: str, overrides: Sequence[str]) -> TokenizerRecipe:
     """The recipe, from recipes/tokenizer if it is only named."""
     resolved = load_recipe(recipe, overrides, TokenizerRecipe, folder="tokenizer")
     resolved.check()
+    resolved.data.require()
     return resolved
 
 

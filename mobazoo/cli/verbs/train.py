@@ -6,11 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mobazoo.cli.output import count, note, progress
-from mobazoo.cli.work import DryRun, Outcome, Overrides, RecipeArgument, work
+from mobazoo.cli.work import DryRun, Outcome, Overrides, RecipeArgument, is_here, not_here, work
 from mobazoo.config.models import model_names
 from mobazoo.config.recipe import load_recipe
 from mobazoo.config.train import TrainRecipe
@@ -38,18 +37,16 @@ def resolve(recipe: str, overrides: Sequence[str]) -> TrainRecipe:
     """The recipe, from recipes/train if it is only named."""
     resolved = load_recipe(recipe, overrides, TrainRecipe, folder="train")
     resolved.check()
+    resolved.require()
     return resolved
 
 
 def plan(recipe: TrainRecipe) -> list[str]:
     """What would happen; model and tokenizer are checked, the documents are not read."""
-    absent = [
-        name
-        for name in (recipe.model, recipe.tokenizer)
-        if name is not None and name not in model_names() and not Path(name).expanduser().is_dir()
-    ]
+    named = [name for name in (recipe.model, recipe.tokenizer) if name is not None and name not in model_names()]
+    absent = [name for name in named if not is_here(name)]
     if absent:
-        lines = [f"would need {name} (no folder here now; a Hub id if there is none by then)" for name in absent]
+        lines = [f"would need {not_here(name)}" for name in absent]
     else:
         found: TrainPlan = import_module("mobazoo.train").plan_train(recipe)
         start = "random weights" if found.random else "its weights"

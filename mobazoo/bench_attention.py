@@ -1,0 +1,212 @@
+"""Times attention by blocks against full attention, paired.
+
+The rival is what a user would call instead, ``scaled_dot_product_attention(is_causal=True)`` on repeated keys and
+values. Each round times the rival once and mobazoo a few times right after it, and a ratio belongs to its round, so
+that a machine whose speed drifts does not favour either.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
+
+from mobazoo.attention import Full, MoBA, Pattern, Segments, attend, centroids, route
+from mobazoo.attention.auto import choose
+from mobazoo.attention.kernels import cpu
+from mobazoo.attention.problem import Problem
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: MoBA on ``backend`` against full attention."""
+
+    length: int = 32768
+    block_size: int = 512
+    top_k: int = 3
+    dtype: str = "float32"
+    backward: bool = False
+    backend: str = "auto"
+    batch: int = 1
+    query_heads: int = 4
+    key_heads: int = 2
+    head_dim: int = 64
+
+    def label(self) -> str:
+        """The case in a few words."""
+        work = "forward + backward" if self.backward else "forward"
+        return f"{work}, {self.length} tokens, block {self.block_size}, top {self.top_k}, {self.dtype}"
+
+
+@dataclass
+class Result:
+    """Seconds of each round's rival and of mobazoo (median of the round's repeats), and their ratio per round."""
+
+    case: Case
+    backend: str
+    full: list[float]
+    moba: list[float]
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times faster than full attention, per round."""
+        return [full / moba for full, moba in zip(self.full, self.moba, strict=True)]
+
+    @property
+    def speedup(self) -> float:
+        """Median ratio."""
+        return median(self.ratios)
+
+    def row(self) -> dict[str, Any]:
+        """What is written to JSON."""
+        return {
+            **asdict(self.case),
+            "backend": self.backend,
+            "full_s": median(self.full),
+            "moba_s": median(self.moba),
+            "speedup": self.speedup,
+            "speedup_min": min(self.ratios),
+            "speedup_max": max(self.ratios),
+            "stages_s": self.stages,
+        }
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Random ``q``, ``k``, ``v`` of a case: unrelated, the worst case for anything that hopes for locality."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int) -> Tensor:
+        x = torch.randn(case.batch, heads, case.length, case.head_dim, generator=generator)
+        return x.to(DTYPES[case.dtype]).requires_grad_(case.backward)
+
+    return draw(case.query_heads), draw(case.key_heads), draw(case.key_heads)
+
+
+def pair(case: Case, rounds: int = 3, repeats: int = 3) -> Result:
+    """Times one case against full attention: ``rounds`` pairs after a warm-up of both."""
+    q, k, v = inputs(case)
+    group = case.query_heads // case.key_heads
+    pattern = MoBA(case.block_size, case.top_k)
+    keys, values = (x.detach().repeat_interleave(group, 1).requires_grad_(case.backward) for x in (k, v))
+    dout = torch.randn_like(q)
+
+    def full() -> None:
+        out = scaled_dot_product_attention(q, keys, values, is_causal=True)
+        if case.backward:
+            torch.autograd.grad(out, (q, keys, values), dout)
+
+    def moba() -> None:
+        out = attend(q, k, v, pattern=pattern, backend=case.backend)
+        if case.backward:
+            torch.autograd.grad(out, (q, k, v), dout)
+
+    warm = (seconds(full), seconds(moba))
+    if max(warm) < 0.05:  # short calls: more of them, or the clock decides
+        rounds, repeats = 4 * rounds, 4 * repeats
+    fulls, mobas = [], []
+    for _ in range(rounds):
+        fulls.append(median(seconds(full) for _ in range(repeats if warm[0] < 0.5 else 1)))
+        mobas.append(median(seconds(moba) for _ in range(repeats)))
+    return Result(case, _backend_of(case, pattern), fulls, mobas)
+
+
+def measured(cases: list[tuple[Case, str]], rounds: int, console: Console) -> list[tuple[Result, str]]:
+    """Every case; several are gone through round by round, so that a busy minute of the machine is not one's alone."""
+    passes = rounds if len(cases) > 1 else 1
+    results: list[tuple[Result, str]] = []
+    for done in range(passes):
+        for i, (case, bound) in enumerate(cases):
+            result = pair(case, rounds // passes)
+            if done:
+                before = results[i][0]
+                result = replace(result, full=before.full + result.full, moba=before.moba + result.moba)
+                results[i] = (result, bound)
+            else:
+                results.append((result, bound))
+            last = f"round {done + 1} of {passes}: " if passes > 1 else ""
+            console.print(f"{last}{case.label()}: [bold]{result.speedup:.2f}x[/] {bound}")
+    return results
+
+
+def seconds(work: Callable[[], None]) -> float:
+    """Wall time of one call."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _backend_of(case: Case, pattern: Pattern) -> str:
+    if case.backend != "auto":
+        return case.backend
+    if isinstance(pattern, MoBA) and pattern.covers(case.length):
+        pattern = Full()
+    problem = Problem(
+        pattern, "cpu", DTYPES[case.dtype], case.head_dim, case.backward, queries=case.length, slots=case.length
+    )
+    return f"auto: {choose(problem)[0]}"
+
+
+_STAGE_OF = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "routed kernel",
+    "aten::index_select": "gather",
+    "aten::sort": "sort",
+    "aten::div_": "sort",
+    "aten::bincount": "sort",
+}
+
+
+def stages(case: Case) -> dict[str, float]:
+    """Where a forward of the CPU flash path spends its time, in seconds by stage, from one profiled run."""
+    q, k, v = (x.detach() for x in inputs(case))
+    pattern = MoBA(case.block_size, case.top_k)
+    segments = Segments.single(case.batch, case.length)
+    routes = route(q, centroids(k, pattern.block_size, segments), pattern, segments)
+    fixed = (segments.doc, segments.pos, 0, pattern.block_size, case.head_dim**-0.5)
+    cpu.forward(q, k, v, routes.index, routes.start, *fixed)
+    took = {
+        "gate": min(
+            seconds(lambda: (route(q, centroids(k, pattern.block_size, segments), pattern, segments), None)[1])
+            for _ in range(3)
+        ),
+        "own blocks": min(
+            seconds(lambda: (cpu.forward(q, k, v, routes.index[..., :0], routes.start, *fixed), None)[1])
+            for _ in range(3)
+        ),
+    }
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        total = seconds(lambda: (cpu.forward(q, k, v, routes.index, routes.start, *fixed), None)[1])
+    spent = {"sort": 0.0, "gather": 0.0, "routed kernel": -took["own blocks"]}
+    for event in prof.key_averages():
+        stage = _STAGE_OF.get(event.key)
+        if stage is not None:
+            spent[stage] += event.cpu_time_total / 1e6
+    merge = total - took["own blocks"] - sum(spent.values())
+    return {**took, **spent, "merge and the rest": merge}
+
+
+def suite_cpu() -> Iterator[tuple[Case, str]]:
+    """The cases of docs/benchmarks/cpu.md, each with the bound it is held against."""
+    for dtype in ("float32", "bfloat16"):
+        same = "" if dtype == "float32" else "at most 10 % below float32"
+        yield Case(dtype=dtype), same or ">= 8.5"
+        yield Case(dtype=dtype, block_size=128, top_k=8), same or ">= 7"
+        yield Case(dtype=dtype, backward=True), same or ">= 7"
+        yield Case(dtype=dtype, block_size=128, top_k=8, backward=True), same
+    for block_size, top_k in ((512, 3), (128, 8)):
+        reads = block_size * top_k
+        for length in (reads // 2, reads, reads * 3 // 2, reads * 2, reads * 4):
+            bound = ">= 0.95 (exact)" if length <= reads else ">= 0.7 (window)"
+            yield Case(length=length, block_size=block_size, top_k=top_k), bound
+        for length in (4096, 8192, 16384, 65536):
+            yield Case(length=length, block_size=block_size, top_k=top_k), "> 1" if length > 4096 else ""

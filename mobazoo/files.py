@@ -1,0 +1,51 @@
+"""Small files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mobazoo.errors import InputError
+
+_STAMP = {"digest", "verb", "command", "recipe", "line", "outputs", "seconds"}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file beside its place and renames it when it is on disk.
+
+    Raises:
+        InputError: a place that cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror}; give another dest") from None
+
+
+def read_stamp(path: Path) -> dict[str, Any] | None:
+    """What a finished stage of ``mobazoo run`` left; None where there is no such file.
+
+    Raises:
+        InputError: a file that is no stamp.
+    """
+    try:
+        said = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a stamp ({error}); remove it to run the stage again") from None
+    if not isinstance(said, Mapping) or not said.keys() >= _STAMP:
+        raise InputError(f"{path}: not a stamp of this version; remove it to run the stage again")
+    return dict(said)
