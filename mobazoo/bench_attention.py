@@ -206,7 +206,7 @@ def suite_cpu() -> Iterator[tuple[Case, str]]:
     for block_size, top_k in ((512, 3), (128, 8)):
         reads = block_size * top_k
         for length in (reads // 2, reads, reads * 3 // 2, reads * 2, reads * 4):
-            bound = ">= 0.95 (exact)" if length <= reads else ">= 0.7 (window)"
+            bound = ">= 0.95 (exact)" if length <= reads else ">= 0.77 (window)"
             yield Case(length=length, block_size=block_size, top_k=top_k), bound
         for length in (4096, 8192, 16384, 65536):
             yield Case(length=length, block_size=block_size, top_k=top_k), "> 1" if length > 4096 else ""

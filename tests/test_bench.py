@@ -110,3 +110,10 @@ def test_the_suite_holds_the_bounds() -> None:
     assert (bench_attention.Case(), ">= 8.5") in cases
     assert {case.dtype for case, _ in cases} == {"float32", "bfloat16"}
     assert {case.length for case, _ in cases} >= {768, 1536, 32768, 65536}
+
+
+def test_the_page_names_the_bounds_of_the_suite() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "benchmarks" / "cpu.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in page if line.startswith("| forward")]
+    wanted = {(case.label(), bound) for case, bound in bench_attention.suite_cpu()}
+    assert {(row[0], row[6] if len(row) > 6 else "") for row in rows} == wanted
