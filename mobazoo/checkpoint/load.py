@@ -64,7 +64,7 @@ def load(
     folder, model = checked(path_or_name, attention=attention, attn=attn, device=device, dtype=dtype, revision=revision)
     if check_sums:
         check_manifest(folder.path)
-    _read_tensors(model, folder, _device(device), model.config.dtype, progress)
+    _read_tensors(model, folder, _device(device), _dtype(dtype, folder), progress)
     if (folder.path / _GENERATION).exists():
         model.generation_config = _generation_config(inside(folder.path, _GENERATION))
     return model

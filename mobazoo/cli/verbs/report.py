@@ -35,10 +35,8 @@ def main(
 
 def resolve(recipe: str, overrides: Sequence[str]) -> ReportRecipe:
     """A recipe by its file, or one that says no more than the run's folder."""
-    if Path(recipe).is_file():
-        source = find(recipe)
-    else:
-        source = Source(recipe, recipe, f"run: {json.dumps(recipe)}")
+    said = f"run: {json.dumps(recipe)}"
+    source = find(recipe) if Path(recipe).is_file() else Source(recipe, recipe, said)
     resolved = parse_recipe(source, overrides, ReportRecipe)
     resolved.require()
     return resolved
