@@ -16,6 +16,7 @@ from rich.table import Table
 from mobazoo import bench_decode
 from mobazoo.bench_attention import Case, Result, measured, stages, suite_cpu
 from mobazoo.errors import InputError, MobazooError
+from mobazoo.files import write_whole
 from mobazoo.results import machine
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -66,9 +67,9 @@ def main(
         console.print(_machine_line())
         if json_path is not None:
             rows = [{**result.row(), "bound": bound} for result, bound in results]
-            json_path.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+            write_whole(json_path, json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
         if markdown is not None:
-            markdown.write_text(_markdown(results, suite))
+            write_whole(markdown, _markdown(results, suite))
     except MobazooError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

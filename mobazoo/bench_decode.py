@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mobazoo.attention import Full, MoBA, Routes, attend, route
 from mobazoo.bench_attention import seconds
+from mobazoo.files import write_whole
 from mobazoo.nn.cache_layer import MobaCacheLayer
 from mobazoo.nn.rows import Rows
 from mobazoo.results import machine
@@ -235,9 +236,9 @@ def run(
     console.print(", ".join(f"{name} {value}" for name, value in about.items()))
     if json_path is not None:
         rows: list[dict[str, Any]] = [dict(vars(line), ratio=median(line.ratios)) for line in lines]
-        json_path.write_text(json.dumps({"machine": about, "results": rows, "note": note}, indent=1) + "\n")
+        write_whole(json_path, json.dumps({"machine": about, "results": rows, "note": note}, indent=1) + "\n")
     if markdown is not None:
-        markdown.write_text(_page(lines, note, about, sizes))
+        write_whole(markdown, _page(lines, note, about, sizes))
 
 
 def _page(lines: list[Line], note: str, about: dict[str, str], sizes: Sizes) -> str:

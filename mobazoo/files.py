@@ -11,6 +11,7 @@ from typing import Any
 
 from mobazoo.errors import InputError
 
+RESULT = "mobazoo"  # the key that tells a result from any other JSON file
 _STAMP = {"digest", "verb", "command", "recipe", "line", "outputs", "seconds"}
 
 
@@ -49,3 +50,20 @@ def read_stamp(path: Path) -> dict[str, Any] | None:
     if not isinstance(said, Mapping) or not said.keys() >= _STAMP:
         raise InputError(f"{path}: not a stamp of this version; remove it to run the stage again")
     return dict(said)
+
+
+def check_result_place(dest: str | None) -> None:
+    """Refuses a place for a JSON result that holds something else than an earlier result.
+
+    Raises:
+        InputError: a folder, or a file that no ``mobazoo`` wrote as a result.
+    """
+    path = Path(dest).expanduser() if dest is not None else None
+    if path is None or not path.exists():
+        return
+    try:
+        said = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        said = None
+    if not isinstance(said, Mapping) or RESULT not in said:
+        raise InputError(f"{path}: exists and is no earlier result, so it is not replaced; choose another dest")

@@ -18,9 +18,7 @@ import torch
 from mobazoo._version import __version__
 from mobazoo.config.recipe import plain
 from mobazoo.errors import InputError
-from mobazoo.files import write_whole
-
-_SIGN = "mobazoo"  # the key that tells a result from any other JSON file
+from mobazoo.files import RESULT, check_result_place, write_whole
 
 
 def write_result(dest: str | Path, kind: str, recipe: Any, found: Mapping[str, Any]) -> Path:
@@ -33,10 +31,11 @@ def write_result(dest: str | Path, kind: str, recipe: Any, found: Mapping[str, A
         found: the figures, as plain JSON.
 
     Raises:
-        InputError: a place that cannot be written.
+        InputError: a place that cannot be written, or holds something else than a result.
     """
     path = Path(dest).expanduser()
-    said = {_SIGN: kind, "command": command(), "recipe": plain(recipe), "machine": machine(), **found}
+    check_result_place(str(path))
+    said = {RESULT: kind, "command": command(), "recipe": plain(recipe), "machine": machine(), **found}
     write_whole(path, json.dumps(said, separators=(",", ":")) + "\n")
     return path
 
@@ -53,7 +52,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
             said = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read as JSON: {error}") from None
-        if isinstance(said, dict) and _SIGN in said:
+        if isinstance(said, dict) and RESULT in said:
             found[path.stem] = said
     return found
 

@@ -231,3 +231,43 @@ def test_shipped_measurements_dry_run(name: str) -> None:
     given = ["model=m", *(["data.path=stdlib"] if name.startswith("eval/") else [])]
     result = call(name.split("/")[0], name, *given, "--dry-run")
     assert result.exit_code == 0, result.output
+
+
+def test_a_result_never_replaces_another_file(place: Path, tmp_path: Path) -> None:
+    config = place / "zoo" / "config.json"
+    before = config.read_bytes()
+    for words in (
+        ("eval", "loss", f"model={place / 'zoo'}", f"data.path={place / 'texts'}", "length=64", "loss.trailing=8"),
+        ("bench", "prefill", f"model={place / 'zoo'}", "lengths=[16]", "rounds=1"),
+        ("generate", place / "zoo", "--prompt", "a", "max_new_tokens=1"),
+    ):
+        result = call(*words, f"dest={config}")
+        assert result.exit_code == 2, result.output
+        assert "config.json: exists and is no earlier result, so it is not replaced; choose another" in result.stderr
+        assert config.read_bytes() == before
+        assert call(*words, f"dest={tmp_path / 'own.json'}").exit_code == 0  # an earlier result may go
+
+
+def test_bench_says_where_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = call("bench", "--length", 64, "--block-size", 8, "--rounds", 1, "--json", tmp_path / "file" / "a.json")
+    assert result.exit_code == 2
+    assert "a.json: cannot be written: Not a directory; give another dest" in result.stderr
+
+
+def test_a_run_that_is_done_can_be_dry_run(place: Path, tmp_path: Path) -> None:
+    stage = f"{{verb: convert, recipe: moba-64x3, with: {{source: {place / 'plain'}, dest: '{{folder}}/moba'}}}}"
+    (tmp_path / "run.yaml").write_text(f"folder: {tmp_path / 'out'}\nstages:\n  - {stage}\n")
+    assert call("run", tmp_path / "run.yaml").exit_code == 0
+    done = call("run", tmp_path / "run.yaml", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "(done, would be skipped)" in done.stdout
+    again = call("run", tmp_path / "run.yaml", "stages[0].with.verify=false", "--dry-run")
+    assert again.exit_code == 0, again.output
+    assert "(again: " in again.stdout
+
+
+def test_a_dry_run_of_tokenizer_checks_its_place(place: Path) -> None:
+    result = call("tokenizer", "stdlib", f"dest={place / 'zoo'}", "--dry-run")
+    assert result.exit_code == 2
+    assert "exists; pass overwrite=true" in result.stderr

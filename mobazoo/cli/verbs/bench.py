@@ -12,6 +12,7 @@ from mobazoo.cli.output import progress, table
 from mobazoo.cli.work import Outcome, work, would_load
 from mobazoo.config.bench import BenchRecipe
 from mobazoo.config.recipe import load_recipe
+from mobazoo.files import check_result_place
 
 PLACE = ("3 Measure", 2)
 EXAMPLES = """Example: mobazoo bench prefill model=./Llama-3.1-8B-moba lengths='[8192, 32768]'
@@ -39,6 +40,7 @@ def resolve(recipe: str, overrides: Sequence[str]) -> BenchRecipe:
     """The recipe, from recipes/bench if it is only named."""
     resolved = load_recipe(recipe, overrides, BenchRecipe, folder="bench")
     resolved.check()
+    check_result_place(resolved.dest)
     return resolved
 
 

@@ -11,6 +11,7 @@ from mobazoo.cli.output import progress, table
 from mobazoo.cli.work import DryRun, Outcome, Overrides, RecipeArgument, work, would_load
 from mobazoo.config.eval import EvalRecipe
 from mobazoo.config.recipe import load_recipe
+from mobazoo.files import check_result_place
 
 PLACE = ("3 Measure", 1)
 EXAMPLES = """Example: mobazoo eval loss model=./Qwen3-0.6B-moba data.path=./texts
@@ -27,6 +28,7 @@ def resolve(recipe: str, overrides: Sequence[str]) -> EvalRecipe:
     """The recipe, from recipes/eval if it is only named."""
     resolved = load_recipe(recipe, overrides, EvalRecipe, folder="eval")
     resolved.check()
+    check_result_place(resolved.dest)
     resolved.data.require()
     return resolved
 

@@ -19,6 +19,7 @@ from mobazoo.config.recipe import parse_recipe
 from mobazoo.config.rules import DECODES
 from mobazoo.config.shipped import RECIPES, Source, find, shipped
 from mobazoo.errors import InputError
+from mobazoo.files import check_result_place
 
 if TYPE_CHECKING:
     from mobazoo.generate import Report
@@ -64,6 +65,7 @@ def resolve(model: str, overrides: Sequence[str]) -> GenerateRecipe:
         InputError: settings that no run could use.
     """
     recipe = _parse(model, overrides)
+    check_result_place(recipe.dest)
     if recipe.prefill_chunk is not None and recipe.prefill_chunk < 1:
         raise InputError(f"prefill_chunk: want at least 1 token, got {recipe.prefill_chunk}")
     if recipe.decode not in (None, *DECODES):

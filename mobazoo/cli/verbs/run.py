@@ -9,6 +9,7 @@ from mobazoo.cli.stages import planned
 from mobazoo.cli.work import DryRun, Overrides, RecipeArgument, show_plan
 from mobazoo.config.recipe import load_recipe
 from mobazoo.config.run import RunRecipe
+from mobazoo.files import read_stamp
 
 PLACE = ("2 Work", 9)
 EXAMPLES = "Example: mobazoo run mine.yaml folder=runs/mine --dry-run"
@@ -25,8 +26,12 @@ def main(context: typer.Context, recipe: RecipeArgument, overrides: Overrides = 
     if dry_run:
         lines = []
         for name, stage in zip(names, stages, strict=True):
-            lines.append(f"{name}{' (done, would be skipped)' if stage.done() else ''}")
-            lines += [f"  {line}" for line in stage.verb.plan(stage.recipe)]
+            if stage.done() is not None:
+                lines.append(f"{name} (done, would be skipped)")
+            elif read_stamp(stage.stamp) is not None:  # its places are not free yet
+                lines.append(f"{name} (again: its recipe, a stage before it or what it wrote has changed)")
+            else:
+                lines += [name, *(f"  {line}" for line in stage.verb.plan(stage.recipe))]
         show_plan(resolved, lines)
         return
     rows = []

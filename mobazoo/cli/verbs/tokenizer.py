@@ -36,7 +36,8 @@ def resolve(recipe: str, overrides: Sequence[str]) -> TokenizerRecipe:
 
 
 def plan(recipe: TokenizerRecipe) -> list[str]:
-    """What would happen; the documents are not read."""
+    """What would happen; the place is checked, the documents are not read."""
+    import_module("mobazoo.checkpoint.place").free_place(recipe.dest, recipe.overwrite, "tokenizer.json")
     return [
         f"would learn {recipe.vocab} tokens from {recipe.data.path} ({recipe.data.split} documents)",
         f"would write {recipe.dest}",
