@@ -252,7 +252,7 @@ def test_bench_says_where_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = call("bench", "--length", 64, "--block-size", 8, "--rounds", 1, "--json", tmp_path / "file" / "a.json")
     assert result.exit_code == 2
-    assert "a.json: cannot be written: Not a directory; give another dest" in result.stderr
+    assert "a.json: cannot be written: File exists; give another dest" in result.stderr
 
 
 def test_a_run_that_is_done_can_be_dry_run(place: Path, tmp_path: Path) -> None:
