@@ -173,7 +173,7 @@ def join_rules(
     named: set[str] = set()
     for rule in reversed([*(own or ()), *(later or ())]):
         kept = {key: value for key, value in rule.items() if key == "layers" or key not in named}
-        if kept.keys() - {"layers"} or kept.keys() == rule.keys():
+        if kept.keys() - {"layers"}:
             joined.insert(0, kept)
         if rule.get("layers", ":") == ":":
             named |= {key for key, value in rule.items() if key != "layers" and value is not None}

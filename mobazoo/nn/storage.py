@@ -41,12 +41,14 @@ def allocate(shape: tuple[int, ...], like: Tensor, place: str | Path | None) -> 
         with torch.inference_mode(False):
             return torch.zeros(shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
     handle, name = tempfile.mkstemp(prefix="mobazoo-cache-", dir=place)
-    os.close(handle)
     try:
+        size = torch.Size(shape).numel()
+        # A file with holes would be killed by a signal when the disk is full; this asks for the space now.
+        os.posix_fallocate(handle, 0, max(1, size * like.dtype.itemsize))
         with torch.inference_mode(False):
-            size = torch.Size(shape).numel()
             return torch.from_file(name, shared=True, size=size, dtype=like.dtype).view(shape)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(f"offload: {place}: no room for a mapped file: {str(error).splitlines()[0]}") from None
     finally:
+        os.close(handle)
         Path(name).unlink()

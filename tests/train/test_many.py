@@ -46,6 +46,9 @@ def together(work: Callable[[], object]) -> None:
             code = 1
             try:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+                # One thread: a team of OpenMP threads does not survive a fork, and using it again hangs.
+                os.environ |= {"OMP_NUM_THREADS": "1"}
+                torch.set_num_threads(1)
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TOKENIZERS_PARALLELISM": "false"}
                 AcceleratorState._reset_state(True)
                 PartialState._reset_state()

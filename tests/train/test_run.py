@@ -125,7 +125,7 @@ def test_nan_stops_the_run(recipe: Make, tmp_path: Path) -> None:
         ({"tokenizer": None}, "train.tokenizer: llama-tiny starts with random weights and has none"),
         ({"config": {"vocab_size": 290}}, "train.tokenizer: has 300 tokens, the model 290"),
         ({"config": {"hiden_size": 32}}, "train.config: unknown key 'hiden_size'; did you mean 'hidden_size'?"),
-        ({"attention": [{"layers": 7}]}, "moba.attention"),
+        ({"attention": [{"layers": 7, "pattern": "full"}]}, "moba.attention"),
         ({"model": "nowhere", "config": {}}, "nowhere: no such folder"),
     ],
 )
