@@ -89,7 +89,7 @@ def test_dry_runs_check_a_folder_that_is_here(
     if "model=bare" in words and not Path("bare").exists():
         Path("bare").mkdir()
         for name in ("config.json", "model.safetensors"):
-            Path("bare", name).symlink_to(Path("zoo", name).absolute())
+            Path("bare", name).hardlink_to(Path("zoo", name))
     result = call(*words, "--dry-run")
     assert result.exit_code == 2, result.output
     assert message in result.stderr
