@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -108,6 +110,18 @@ class MobaCache(Cache):
         slots = self.get_mask_sizes(new, 0)[0]
         return self.rows.segments(slots, self.max_length or slots + slots // 4, device)
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """What fails inside leaves the cache as it was, and no layer with more tokens than another."""
+        marks, known = [layer.mark() for layer in self.layers], (self.decode_from, self.rows)
+        try:
+            yield
+        except BaseException:
+            self.decode_from, self.rows = known
+            for layer, mark in zip(self.layers, marks, strict=True):
+                layer.back_to(mark)
+            raise
+
     def update(
         self,
         key_states: Tensor,
@@ -127,14 +141,18 @@ class MobaCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last ``-tokens_to_remove`` tokens from every layer.
 
+        A positive number is the number of tokens to keep, as earlier releases of transformers ask; nothing
+        happens where there are fewer.
+
         Raises:
-            InputError: a positive number, or more than can be removed; nothing is changed.
+            InputError: more than can be removed; nothing is changed.
         """
         if tokens_to_remove > 0:
-            raise InputError(f"crop: want minus the number of tokens to remove, got {tokens_to_remove}")
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
         for layer in self.layers:
             layer.check_crop(-tokens_to_remove)
-        super().crop(tokens_to_remove)
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
         if tokens_to_remove and self.rows is not None and self.rows.stop:
             count = self.get_seq_length()
             stop = self.rows.stop if min(self.rows.stop) < count else ()
