@@ -120,7 +120,7 @@ def test_a_generation_config_that_cannot_be_streamed(
     words(tmp_path)
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
-    result = call(tmp_path, "--prompt", "w7 w8")
+    result = call(tmp_path, "--prompt", "w7 w8", "max_new_tokens=4")
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
 

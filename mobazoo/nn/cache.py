@@ -77,10 +77,6 @@ class MobaCache(Cache):
                     "it is another model's cache"
                 )
             layer.check(batch, config.num_key_value_heads, config.head_dim, new)
-        if torch.compiler.is_compiling() or self.rows is None:
-            return
-        if self.rows.batch != batch and self.get_seq_length():
-            raise InputError(f"past_key_values: holds {self.rows.batch} rows, the input has {batch}")
 
     def begin(self, rows: Rows, past: int | Tensor, device: torch.device) -> None:
         """Takes note of where rows begin and end, from the mask of all tokens so far.
@@ -90,7 +86,8 @@ class MobaCache(Cache):
         """
         if self.rows is not None and isinstance(past, int) and past:
             rows.check_continues(self.rows, past)
-        if self.rows is None or rows.first is not None or self.rows.first is not None or rows.batch != self.rows.batch:
+        padded = rows.first is not None or (self.rows is not None and self.rows.first is not None)
+        if self.rows is None or padded or rows.batch != self.rows.batch:  # else they are the same, with their tables
             self.rows = rows
         if self.max_length is not None and not self.rows.stop:  # a compiled step then finds its table
             self.rows.segments(self.max_length, self.max_length, device)

@@ -321,7 +321,8 @@ class MobaCacheLayer(CacheLayerMixin):
             return
         self.count, self._kept, raw = mark
         self.done = min(self.done, self.count)
-        self.length.fill_(self.count)
+        if self.max_length is not None:
+            self.length.fill_(self.count)
         if self._raw is not None:
             self._raw.zero_() if raw is None or not self.count else self._raw.copy_(raw)
 

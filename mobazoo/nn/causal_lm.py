@@ -127,10 +127,15 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
         Raises:
             InputError: a chunk below 1, ``offload`` together with a cache that is given, or a cache with as many tokens
                 as the prompt or without room for what may be written; it is left as it was.
-            UnsupportedError: another ``cache_implementation``.
+            UnsupportedError: another ``cache_implementation``, or ``assistant_early_exit``.
         """
         config = kwargs.get("generation_config") or self.generation_config
         _check_kind(kwargs.get("cache_implementation") or config.cache_implementation)
+        if kwargs.get("assistant_early_exit") or config.assistant_early_exit:
+            raise UnsupportedError(
+                "assistant_early_exit: rules count a whole model's layers; pass an assistant_model, or "
+                "prompt_lookup_num_tokens"
+            )
         if prefill_chunk is not None:
             kwargs["prefill_chunk_size"] = prefill_chunk
         chunk = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
@@ -144,29 +149,28 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
         end = max(1 if prompt is None else prompt.shape[1], 0 if mask is None else mask.shape[1])
         if isinstance(kept, MobaCache) and end <= kept.get_seq_length():
             raise InputError(
-                f"past_key_values: holds {kept.get_seq_length()} tokens, the prompt and its mask end at {end}; pass all "
-                "tokens so far, or the new ones and the mask of all"
+                f"past_key_values: holds {kept.get_seq_length()} tokens, the prompt and its mask end at {end}; "
+                "pass all tokens so far, or the new ones and the mask of all"
             )
         decode_from = end if decode_from is None else decode_from
         if offload is not None:
             kwargs["past_key_values"] = MobaCache(self.config, offload=offload)
-        before = (kept.get_seq_length(), kept.decode_from) if isinstance(kept, MobaCache) else None
+        given = kept if isinstance(kept, MobaCache) else None
+        before = None if given is None else (given.get_seq_length(), given.decode_from)
         try:
             return super().generate(inputs, *args, decode_from=decode_from, **kwargs)  # type: ignore[misc]
         except (MobazooError, ValueError):
-            if before is not None and kept.get_seq_length() == before[0]:
-                kept.decode_from = before[1]  # refused before anything was read
+            if given is not None and before is not None and given.get_seq_length() == before[0]:
+                given.decode_from = before[1]  # refused before anything was read
             raise
 
-    def _prefill(
-        self, input_ids: Tensor, generation_config: GenerationConfig, *args: Any, **options: Any
-    ) -> CausalLMOutputWithPast:
+    def _prefill(self, input_ids: Any, generation_config: GenerationConfig, *args: Any, **options: Any) -> Any:
         """Called by transformers' ``generate``. A prompt's chunks are read outside of compiled graphs: a cache gets its
         memory with the first tokens, and a last chunk of one token is prompt too.
         """
         asked, generation_config.disable_compile = generation_config.disable_compile, True
         try:
-            return super()._prefill(input_ids, generation_config, *args, **options)  # type: ignore[misc, no-any-return]
+            return super()._prefill(input_ids, generation_config, *args, **options)  # type: ignore[misc]
         finally:
             generation_config.disable_compile = asked
 

@@ -307,6 +307,13 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
         made("llama", "moba").generate(ids(1, 5), max_new_tokens=2, **options)
 
 
+def test_a_model_that_assists_itself_is_refused() -> None:
+    with pytest.raises(
+        UnsupportedError, match="assistant_early_exit: rules count a whole model's layers; pass"
+    ):
+        made("llama", "moba").generate(ids(1, 5), max_new_tokens=2, assistant_early_exit=1)
+
+
 @pytest.mark.parametrize("padding", [0, 6])
 def test_one_graph_for_all_steps(padding: int) -> None:
     """A static cache's step is compiled once, padded or not, and gives what generation gives."""
@@ -335,6 +342,7 @@ def test_one_graph_for_all_steps(padding: int) -> None:
 @pytest.mark.parametrize("chunk", [None, 5, 26])
 def test_compiled_steps_of_generate(mode: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where transformers compiles a static cache's steps by itself: the prompt is read outside."""
+    torch._dynamo.reset()
     model = made("llama", mode)
     tokens, mask = text(mode, "left")
     options: Any = {"attention_mask": mask[:, :26], "do_sample": False, "max_new_tokens": 9}  # type: ignore[index]
@@ -375,7 +383,12 @@ def test_a_second_turn_on_a_full_cache(mode: str, kind: str, options: dict[str, 
     [
         (30, 26, {"max_new_tokens": 9}, "take 34 slots, the static cache has 30; make it longer or max_new_tokens"),
         (40, 26, {"max_new_tokens": 2, "batch": 3}, "holds 1 rows, the input has 3"),
-        (40, 12, {"max_new_tokens": 2}, "holds 12 tokens, the prompt and its mask end at 12; pass all tokens so far, or"),
+        (
+            40,
+            12,
+            {"max_new_tokens": 2},
+            "holds 12 tokens, the prompt and its mask end at 12; pass all tokens",
+        ),
         (40, 26, {"max_new_tokens": 2, "prefill_chunk": 0}, "prefill_chunk: want at least 1 token, got 0"),
     ],
 )

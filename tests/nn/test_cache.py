@@ -248,9 +248,9 @@ def test_bad_calls_leave_the_cache_as_it_was(change: dict[str, Any], call: dict[
     if "mask" in call:
         mask = torch.ones(1, 25, dtype=torch.long)
         mask[:, 0 if call["mask"] == (0, 1) else 10] = 0
+    tokens = ids(call.get("batch", 1), call.get("new", 5))
     with pytest.raises(InputError, match=message):
-        tokens = ids(call.get("batch", 1), call.get("new", 5))
-        other(tokens, past_key_values=kept, attention_mask=mask, decode_from=3)
+        other(tokens, past_key_values=kept, attention_mask=mask, decode_from=25)
     assert state(kept) == before
     assert error(model(ids(1, 25)[:, 20:], past_key_values=kept).logits, model(ids(1, 25)).logits[:, 20:]) <= 1e-5
 
