@@ -80,8 +80,16 @@ def generate(
     """Continues ``prompt`` (or answers it, with a chat template); ``write`` gets the text piece by piece.
 
     Raises:
-        InputError: an empty prompt, a chat template that is not there, or more tokens than the model has positions for.
+        InputError: an empty prompt, a chat template that is not there, more tokens than the model has positions for,
+            or a generation config that asks for several texts at once.
     """
+    for name in ("num_beams", "num_return_sequences"):
+        many = getattr(model.generation_config, name) or 1
+        if many > 1:
+            raise InputError(
+                f"generation_config.json: {name}={many}: a text that is shown as it is written cannot have several "
+                "beams or siblings; set it to 1 there, or call model.generate"
+            )
     inputs = _inputs(tokenizer, prompt, recipe).to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:

@@ -105,6 +105,27 @@ def test_a_left_padded_batch_is_each_of_its_rows(zoo: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        ({"num_beams": 2}, "generation_config.json: num_beams=2: a text that is shown as it is written cannot have"),
+        ({"num_return_sequences": 3, "do_sample": True}, "generation_config.json: num_return_sequences=3: a text that"),
+        ({"cache_implementation": "hybrid"}, "cache_implementation='hybrid': zoo models know dynamic, static, offload"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_streamed(
+    family: str, said: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    stock(family, "eager").save_pretrained(tmp_path)
+    words(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
+    result = call(tmp_path, "--prompt", "w7 w8", "max_new_tokens=4")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("family", ["llama"])
 def test_a_chat_template_makes_the_prompt(family: str, tmp_path: Path) -> None:
     stock(family, "eager").save_pretrained(tmp_path)
     words(tmp_path, CHAT)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from mobazoo.config.rules import DECODES
+from mobazoo.errors import InputError
 
 
 @dataclass
@@ -43,3 +47,20 @@ class GenerateRecipe:
     offload: str | None = None
     prompt: str | None = None
     dest: str | None = None
+
+    def check(self) -> None:
+        """Everything that can be known without the model.
+
+        Raises:
+            InputError: a value that no run could use.
+        """
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise InputError(f"prefill_chunk: want at least 1 token, got {self.prefill_chunk}")
+        if self.decode not in (None, *DECODES):
+            raise InputError(f"decode: want {' or '.join(DECODES)}, got {self.decode!r}")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens: want at least 1, got {self.max_new_tokens}")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature: want 0 (greedy) or more, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: want a share above 0 and up to 1, got {self.top_p}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -75,10 +77,6 @@ class MobaCache(Cache):
                     "it is another model's cache"
                 )
             layer.check(batch, config.num_key_value_heads, config.head_dim, new)
-        if torch.compiler.is_compiling() or self.rows is None:
-            return
-        if self.rows.batch != batch and self.get_seq_length():
-            raise InputError(f"past_key_values: holds {self.rows.batch} rows, the input has {batch}")
 
     def begin(self, rows: Rows, past: int | Tensor, device: torch.device) -> None:
         """Takes note of where rows begin and end, from the mask of all tokens so far.
@@ -88,7 +86,8 @@ class MobaCache(Cache):
         """
         if self.rows is not None and isinstance(past, int) and past:
             rows.check_continues(self.rows, past)
-        if self.rows is None or rows.first is not None or self.rows.first is not None or rows.batch != self.rows.batch:
+        padded = rows.first is not None or (self.rows is not None and self.rows.first is not None)
+        if self.rows is None or padded or rows.batch != self.rows.batch:  # else they are the same, with their tables
             self.rows = rows
         if self.max_length is not None and not self.rows.stop:  # a compiled step then finds its table
             self.rows.segments(self.max_length, self.max_length, device)
@@ -107,6 +106,18 @@ class MobaCache(Cache):
             )
         slots = self.get_mask_sizes(new, 0)[0]
         return self.rows.segments(slots, self.max_length or slots + slots // 4, device)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """What fails inside leaves the cache as it was, and no layer with more tokens than another."""
+        marks, known = [layer.mark() for layer in self.layers], (self.decode_from, self.rows)
+        try:
+            yield
+        except BaseException:
+            self.decode_from, self.rows = known
+            for layer, mark in zip(self.layers, marks, strict=True):
+                layer.back_to(mark)
+            raise
 
     def update(
         self,
@@ -127,14 +138,18 @@ class MobaCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last ``-tokens_to_remove`` tokens from every layer.
 
+        A positive number is the number of tokens to keep, as earlier releases of transformers ask; nothing
+        happens where there are fewer.
+
         Raises:
-            InputError: a positive number, or more than can be removed; nothing is changed.
+            InputError: more than can be removed; nothing is changed.
         """
         if tokens_to_remove > 0:
-            raise InputError(f"crop: want minus the number of tokens to remove, got {tokens_to_remove}")
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
         for layer in self.layers:
             layer.check_crop(-tokens_to_remove)
-        super().crop(tokens_to_remove)
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
         if tokens_to_remove and self.rows is not None and self.rows.stop:
             count = self.get_seq_length()
             stop = self.rows.stop if min(self.rows.stop) < count else ()

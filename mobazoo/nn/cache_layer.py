@@ -311,6 +311,21 @@ class MobaCacheLayer(CacheLayerMixin):
             self._raw.copy_(torch.cat([torch.zeros_like(self._raw[:, :, :remove]), self._raw], 2)[:, :, :-remove])
             self._kept -= remove
 
+    def mark(self) -> tuple[int, int, Tensor | None]:
+        """What ``back_to`` needs to take back tokens that are added from now on, however many."""
+        return self.get_seq_length(), self._kept, None if self._raw is None else self._raw.clone()
+
+    def back_to(self, mark: tuple[int, int, Tensor | None]) -> None:
+        """Takes back all tokens added since ``mark``."""
+        if self._kv is None:
+            return
+        self.count, self._kept, raw = mark
+        self.done = min(self.done, self.count)
+        if self.max_length is not None:
+            self.length.fill_(self.count)
+        if self._raw is not None:
+            self._raw.zero_() if raw is None or not self.count else self._raw.copy_(raw)
+
     def reset(self) -> None:
         """Forgets all tokens and keeps the memory."""
         self.count, self.done, self._kept = 0, 0, 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.errors import InputError, MobazooError, UnsupportedError
 from mobazoo.nn.cache import MobaCache
 from mobazoo.nn.decoder import MobaModel, MobaPreTrainedModel
 from mobazoo.nn.loss import head_loss
@@ -125,26 +125,54 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
                 ``offloaded``, which is ``offload="host"``.
 
         Raises:
-            InputError: a chunk below 1, or ``offload`` together with a cache that is given.
-            UnsupportedError: another ``cache_implementation``.
+            InputError: a chunk below 1, ``offload`` together with a cache that is given, or a cache with as many tokens
+                as the prompt or without room for what may be written; it is left as it was.
+            UnsupportedError: another ``cache_implementation``, or ``assistant_early_exit``.
         """
         config = kwargs.get("generation_config") or self.generation_config
         _check_kind(kwargs.get("cache_implementation") or config.cache_implementation)
+        if kwargs.get("assistant_early_exit") or config.assistant_early_exit:
+            raise UnsupportedError(
+                "assistant_early_exit: rules count a whole model's layers; pass an assistant_model, or "
+                "prompt_lookup_num_tokens"
+            )
         if prefill_chunk is not None:
             kwargs["prefill_chunk_size"] = prefill_chunk
-        chunk = kwargs.get("prefill_chunk_size")
+        chunk = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
         if chunk is not None and chunk < 1:
             raise InputError(f"prefill_chunk: want at least 1 token, got {chunk}")
         if offload is not None and (kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False):
             raise InputError("offload: says where generate makes its cache; leave out past_key_values and use_cache")
-        if decode_from is None:
-            prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-            mask = kwargs.get("attention_mask")
-            # A second turn on a full cache may bring its new tokens only; the mask then has all.
-            decode_from = max(1 if prompt is None else prompt.shape[1], 0 if mask is None else mask.shape[1])
+        prompt = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        mask, kept = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        # A second turn on a full cache may bring its new tokens only; the mask then has all.
+        end = max(1 if prompt is None else prompt.shape[1], 0 if mask is None else mask.shape[1])
+        if isinstance(kept, MobaCache) and end <= kept.get_seq_length():
+            raise InputError(
+                f"past_key_values: holds {kept.get_seq_length()} tokens, the prompt and its mask end at {end}; "
+                "pass all tokens so far, or the new ones and the mask of all"
+            )
+        decode_from = end if decode_from is None else decode_from
         if offload is not None:
             kwargs["past_key_values"] = MobaCache(self.config, offload=offload)
-        return super().generate(inputs, *args, decode_from=decode_from, **kwargs)  # type: ignore[misc]
+        given = kept if isinstance(kept, MobaCache) else None
+        before = None if given is None else (given.get_seq_length(), given.decode_from)
+        try:
+            return super().generate(inputs, *args, decode_from=decode_from, **kwargs)  # type: ignore[misc]
+        except (MobazooError, ValueError):
+            if given is not None and before is not None and given.get_seq_length() == before[0]:
+                given.decode_from = before[1]  # refused before anything was read
+            raise
+
+    def _prefill(self, input_ids: Any, generation_config: GenerationConfig, *args: Any, **options: Any) -> Any:
+        """Called by transformers' ``generate``. A prompt's chunks are read outside of compiled graphs: a cache gets its
+        memory with the first tokens, and a last chunk of one token is prompt too.
+        """
+        asked, generation_config.disable_compile = generation_config.disable_compile, True
+        try:
+            return super()._prefill(input_ids, generation_config, *args, **options)  # type: ignore[misc]
+        finally:
+            generation_config.disable_compile = asked
 
     def _prepare_cache_for_generation(
         self,
@@ -172,6 +200,11 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = MobaCache(self.config, length, offload)
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, MobaCache):
+            if cache.max_length is not None and max_cache_length > cache.max_length:
+                raise InputError(
+                    f"past_key_values: the prompt and what may be written after it take {max_cache_length} slots, the "
+                    f"static cache has {cache.max_length}; make it longer or max_new_tokens smaller"
+                )
             cache.decode_from = model_kwargs.pop("decode_from", None)
 
     def generate_batch(self, *_: Any, **__: Any) -> Never:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-from torch import Tensor, arange, nn
+from torch import Tensor, arange, compiler, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -183,8 +184,8 @@ class MobaModel(MobaPreTrainedModel):
             decode_from: slot of the first token after the prompt (None: everything is prompt).
 
         Raises:
-            InputError: both or neither of ``input_ids`` and ``inputs_embeds``, or a mask or documents that do not fit.
-                or a cache that is not this model's or has no room; the cache is left as it was.
+            InputError: both or neither of ``input_ids`` and ``inputs_embeds``, a mask or documents that do not fit, or
+                a cache that is not this model's or has no room. A call that fails leaves the cache as it was.
             UnsupportedError: ``output_attentions``, packed rows with a cache, a key convolution with another cache
                 than ``MobaCache``.
         """
@@ -201,34 +202,36 @@ class MobaModel(MobaPreTrainedModel):
             use_cache, own = False, self.sequence.part(shape[1])
         hidden = self.embed_tokens(given[:, own]) if inputs_embeds is None else given[:, own]
         self._check_cache(past_key_values, *shape)
-        past = past_length(past_key_values)
-        if isinstance(past_key_values, MobaCache):
-            if decode_from is not None:
+        guarded = isinstance(past_key_values, MobaCache) and not compiler.is_compiling()
+        with past_key_values.whole() if guarded else nullcontext():  # type: ignore[union-attr]
+            past = past_length(past_key_values)
+            if isinstance(past_key_values, MobaCache):
+                if decode_from is not None:
+                    past_key_values.decode_from = decode_from
+                decode_from = past_key_values.decode_from
+            segments, packed = documents(
+                shape, given.device, attention_mask, position_ids, past_key_values, past, max_docs, max_len
+            )
+            if self._wants_cache(use_cache, past_key_values, packed) and past_key_values is None:
+                past_key_values = MobaCache(self.config)
                 past_key_values.decode_from = decode_from
-            decode_from = past_key_values.decode_from
-        segments, packed = documents(
-            shape, given.device, attention_mask, position_ids, past_key_values, past, max_docs, max_len
-        )
-        if self._wants_cache(use_cache, past_key_values, packed) and past_key_values is None:
-            past_key_values = MobaCache(self.config)
-            past_key_values.decode_from = decode_from
-        if isinstance(past_key_values, MobaCache) and isinstance(past, int) and past == 0:
-            rows = Rows(shape[0]) if attention_mask is None else Rows.from_mask(attention_mask[:, : shape[1]])
-            past_key_values.begin(rows, past, hidden.device)
-        if position_ids is None:
-            position_ids = (arange(shape[1], device=hidden.device) + past)[None]
-        first = past if self.sequence is None else own.start
-        cos, sin = self.rotary_emb(position_ids, hidden.dtype)
-        geometry = Geometry(segments, first, decode_from, cos, sin, self.sequence)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states = [hidden] if wanted else None
-        for layer in self.layers:
-            hidden = layer(hidden, geometry, past_key_values=past_key_values)
+            if isinstance(past_key_values, MobaCache) and isinstance(past, int) and past == 0:
+                rows = Rows(shape[0]) if attention_mask is None else Rows.from_mask(attention_mask[:, : shape[1]])
+                past_key_values.begin(rows, past, hidden.device)
+            if position_ids is None:
+                position_ids = (arange(shape[1], device=hidden.device) + past)[None]
+            first = past if self.sequence is None else own.start
+            cos, sin = self.rotary_emb(position_ids, hidden.dtype)
+            geometry = Geometry(segments, first, decode_from, cos, sin, self.sequence)
+            wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            states = [hidden] if wanted else None
+            for layer in self.layers:
+                hidden = layer(hidden, geometry, past_key_values=past_key_values)
+                if states is not None:
+                    states.append(hidden)
+            hidden = self.norm(hidden)
             if states is not None:
-                states.append(hidden)
-        hidden = self.norm(hidden)
-        if states is not None:
-            states[-1] = hidden
+                states[-1] = hidden
         result = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values,

@@ -140,6 +140,9 @@ def test_generate_by_chunks_from_mapped_files_sparsely(checkpoint: Path, tmp_pat
             None,
             "offload: want 'host' or a folder for mapped files",
         ),
+        (["max_new_tokens=0"], "a", "max_new_tokens: want at least 1, got 0"),
+        (["temperature=-1"], "a", "temperature: want 0 (greedy) or more, got -1"),
+        (["top_p=0"], "a", "top_p: want a share above 0 and up to 1, got 0"),
         (["max_tokens=3"], "a", "unknown key 'max_tokens'; did you mean 'max_new_tokens'?"),
     ],
 )

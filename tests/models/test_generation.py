@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.nn import attention as nn_attention
@@ -257,11 +258,12 @@ def test_generate_leaves_the_prompts_end_in_the_cache() -> None:
 def test_static_caches_of_later_calls_have_the_same_length() -> None:
     model = ours("llama", MODES["moba"])
     options: Any = {"cache_implementation": "static", "return_dict_in_generate": True}
+    known = hasattr(GenerationConfig(), "max_cache_len")  # not in the oldest transformers
     lengths = [
         model.generate(ids(1, n), max_new_tokens=4, **options, **more).past_key_values.max_length
-        for n, more in ((13, {}), (9, {}), (20, {"max_cache_len": 50}), (6, {}))
+        for n, more in ((13, {}), (9, {}), (20, {"max_cache_len": 50} if known else {}), (6, {}))
     ]
-    assert lengths == [16, 16, 50, 50]
+    assert lengths == ([16, 16, 50, 50] if known else [16, 16, 23, 23])
 
 
 @both
@@ -296,6 +298,7 @@ def test_other_caches_are_refused_by_name(kind: str) -> None:
     [
         ({"prefill_chunk": 0}, "prefill_chunk: want at least 1 token, got 0"),
         ({"prefill_chunk_size": -3}, "prefill_chunk: want at least 1 token, got -3"),
+        ({"generation_config": GenerationConfig(prefill_chunk_size=0)}, "prefill_chunk: want at least 1 token, got 0"),
         ({"offload": "host", "use_cache": False}, "offload: says where generate makes its cache"),
         ({"offload": "/no/such/folder"}, "offload: want 'host' or a folder for mapped files, got '/no/such/folder'"),
     ],
@@ -303,7 +306,14 @@ def test_other_caches_are_refused_by_name(kind: str) -> None:
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ours("llama", MODES["moba"]).generate(ids(1, 5), max_new_tokens=2, **options)
+        made("llama", "moba").generate(ids(1, 5), max_new_tokens=2, **options)
+
+
+def test_a_model_that_assists_itself_is_refused() -> None:
+    with pytest.raises(
+        UnsupportedError, match="assistant_early_exit: rules count a whole model's layers; pass"
+    ):
+        made("llama", "moba").generate(ids(1, 5), max_new_tokens=2, assistant_early_exit=1)
 
 
 @pytest.mark.parametrize("padding", [0, 6])
@@ -328,3 +338,73 @@ def test_one_graph_for_all_steps(padding: int) -> None:
     assert kept.get_seq_length() == 28
     want = model(torch.cat([out[:, 28:29], out[:, 28:29]], 1), past_key_values=kept).logits
     assert want.isfinite().all()
+
+
+@both
+@pytest.mark.parametrize("chunk", [None, 5, 26])
+def test_compiled_steps_of_generate(mode: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where transformers compiles a static cache's steps by itself: the prompt is read outside."""
+    torch._dynamo.reset()
+    model = made("llama", mode)
+    tokens, mask = text(mode, "left")
+    options: Any = {"attention_mask": mask[:, :26], "do_sample": False, "max_new_tokens": 9}  # type: ignore[index]
+    want = model.generate(tokens[:, :26], **options, use_cache=False)
+    how = CompileConfig(backend="eager", fullgraph=True)
+    monkeypatch.setattr(how, "_compile_all_devices", True, raising=False)
+    options |= {"cache_implementation": "static", "compile_config": how, "prefill_chunk": chunk}
+    assert torch.equal(model.generate(tokens[:, :26], **options), want)
+
+
+# Earlier releases cut the mask as if the cache were empty, which the model refuses.
+IN_CHUNKS: dict[str, Any] = {} if transformers.__version__ < "5.23" else {"prefill_chunk": 3}
+
+
+@both
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, IN_CHUNKS, {"new_only": True}], ids=["whole", "chunks", "new only"])
+def test_a_second_turn_on_a_full_cache(mode: str, kind: str, options: dict[str, Any]) -> None:
+    """The reply was decoded, the next question is prompt, its answer is decoded."""
+    model, kept = made("qwen3", mode), MobaCache(made("qwen3", mode).config, **KINDS[kind])
+    tokens, mask = (x[:, :26] for x in padded(ids(2, 26), [26, 17], "left"))
+    plain: Any = {"do_sample": False, "past_key_values": kept}
+    first = model.generate(tokens, attention_mask=mask, max_new_tokens=9, **plain)
+    every = torch.cat([first, ids(2, 11, seed=9)], 1)
+    mask = torch.cat([mask, torch.ones(2, 20, dtype=torch.long)], 1)
+    options = dict(options)
+    given = every[:, kept.get_seq_length() :] if options.pop("new_only", False) else every
+    got = model.generate(given, attention_mask=mask, max_new_tokens=6, **plain, **options)[:, -6:]
+    assert kept.decode_from == every.shape[1]
+    by_hand, seen = MobaCache(model.config), []
+    with torch.no_grad():
+        model(every[:, :34], attention_mask=mask[:, :34], past_key_values=by_hand, decode_from=26)
+        token = every[:, 34:]
+        for _ in range(6):
+            token = model(token, past_key_values=by_hand, decode_from=46).logits[:, -1:].argmax(-1)
+            seen.append(token)
+    assert torch.equal(got, torch.cat(seen, 1))
+
+
+@pytest.mark.parametrize(
+    "slots, prompt, options, message",
+    [
+        (30, 26, {"max_new_tokens": 9}, "take 34 slots, the static cache has 30; make it longer or max_new_tokens"),
+        (40, 26, {"max_new_tokens": 2, "batch": 3}, "holds 1 rows, the input has 3"),
+        (
+            40,
+            12,
+            {"max_new_tokens": 2},
+            "holds 12 tokens, the prompt and its mask end at 12; pass all tokens",
+        ),
+        (40, 26, {"max_new_tokens": 2, "prefill_chunk": 0}, "prefill_chunk: want at least 1 token, got 0"),
+    ],
+)
+def test_a_bad_generation_leaves_the_cache_as_it_was(
+    slots: int, prompt: int, options: dict[str, Any], message: str
+) -> None:
+    model, options = made("llama", "moba"), dict(options)
+    kept = MobaCache(model.config, max_length=slots)
+    with torch.no_grad():
+        model(ids(1, 12), past_key_values=kept, decode_from=10)
+    with pytest.raises(InputError, match=message):
+        model.generate(ids(options.pop("batch", 1), prompt), do_sample=False, past_key_values=kept, **options)
+    assert (kept.get_seq_length(), kept.decode_from) == (12, 10)

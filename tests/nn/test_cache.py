@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mobazoo.attention import Segments, centroids
-from mobazoo.errors import InputError
+from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.explain import centroid_bytes, kv_bytes
 from mobazoo.nn.cache import MobaCache
 from mobazoo.nn.means import block_means
 from mobazoo.nn.rows import Rows
@@ -89,6 +90,19 @@ def test_memory_is_keys_values_and_centroids() -> None:
     assert static.nbytes() == 4 * 2 * 2 * 16 * (2 * 80 + 80 // SIZE + 1)
 
 
+def test_a_token_takes_the_bytes_that_show_prints() -> None:
+    model = ours("llama", [*RULES, {"layers": 0, "pattern": "full"}, {"layers": 1, "block_size": 4}])
+    took = []
+    for slots in (40, 80):
+        kept = MobaCache(model.config, max_length=slots)
+        with torch.no_grad():
+            model(ids(1, 20), past_key_values=kept)
+        took.append(kept.nbytes())
+    sizes: Any = (model.config.num_key_value_heads, model.config.head_dim, torch.float32)
+    a_token = kv_bytes(3, *sizes) + centroid_bytes(model.config.attention_layers(), *sizes)
+    assert took[1] - took[0] == 40 * a_token
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
 @pytest.mark.parametrize("cut", [1, 6, 7, 30, 70])
@@ -115,12 +129,19 @@ def test_crop_takes_back_tokens_and_centroids(kind: str, mask: Tensor | None, cu
     assert torch.equal(got, known)
 
 
-@pytest.mark.parametrize("cut, message", [(-71, "cannot remove 71 tokens, the cache holds 70"), (5, "want minus the")])
-def test_a_cut_that_cannot_be_made_changes_nothing(cut: int, message: str) -> None:
+def test_a_cut_that_cannot_be_made_changes_nothing() -> None:
     kept = fill(cache(), [70])
-    with pytest.raises(InputError, match=message):
-        kept.crop(cut)
+    with pytest.raises(InputError, match="cannot remove 71 tokens, the cache holds 70"):
+        kept.crop(-71)
     assert torch.equal(kept.layers[0].keys, KV[0])
+
+
+def test_earlier_transformers_say_what_to_keep() -> None:
+    kept = fill(cache(), [70])
+    kept.crop(90)
+    assert kept.get_seq_length() == 70
+    kept.crop(33)
+    assert torch.equal(kept.layers[0].keys, KV[0][:, :, :33])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,11 +209,15 @@ def test_mapped_files_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 def state(kept: MobaCache) -> list[Any]:
-    return [kept.rows, kept.decode_from, *((layer.count, layer.keys.clone()) for layer in kept.layers)]
-
-
-def same(a: list[Any], b: list[Any]) -> bool:
-    return a[:2] == b[:2] and all(x[0] == y[0] and torch.equal(x[1], y[1]) for x, y in zip(a[2:], b[2:], strict=True))
+    """Everything a later call can see of it, to the byte."""
+    known: list[Any] = [kept.decode_from, kept.get_seq_length(), None if kept.rows is None else kept.rows.begin]
+    for layer in kept.layers:
+        known += [layer.count, layer.done, layer.block_size, layer._kept, int(layer.length)]
+        for tensor in (layer.keys, layer.values, layer._raw):
+            known.append(None if tensor is None else tensor.numpy().tobytes())
+        blocks = layer.done // layer.block_size if layer.block_size else 0
+        known.append(None if layer._mean is None else layer._mean[:, :, :blocks].numpy().tobytes())
+    return known
 
 
 @pytest.mark.parametrize(
@@ -223,10 +248,32 @@ def test_bad_calls_leave_the_cache_as_it_was(change: dict[str, Any], call: dict[
     if "mask" in call:
         mask = torch.ones(1, 25, dtype=torch.long)
         mask[:, 0 if call["mask"] == (0, 1) else 10] = 0
+    tokens = ids(call.get("batch", 1), call.get("new", 5))
     with pytest.raises(InputError, match=message):
-        other(ids(call.get("batch", 1), call.get("new", 5)), past_key_values=kept, attention_mask=mask)
-    assert same(before, state(kept))
+        other(tokens, past_key_values=kept, attention_mask=mask, decode_from=25)
+    assert state(kept) == before
     assert error(model(ids(1, 25)[:, 20:], past_key_values=kept).logits, model(ids(1, 25)).logits[:, 20:]) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("past", [0, 20])
+@pytest.mark.parametrize("new", [1, 70])
+def test_a_call_that_fails_on_its_way_leaves_the_cache_as_it_was(kind: str, past: int, new: int) -> None:
+    """The last layer refuses after the others have taken the tokens, more of them than a crop could take back."""
+    model, tokens = ours("llama", [*RULES, {"layers": ":", "kconv": 3}]), ids(1, 90)
+    kept = MobaCache(model.config, **({"max_length": 90} if kind == "static" else KINDS[kind]))
+    if past:
+        model(tokens[:, :past], past_key_values=kept)
+        before = state(kept)
+    model.set_attention([*model.config.moba["attention"], {"layers": -1, "backend": "decode"}])
+    with pytest.raises(UnsupportedError, match="decode has no backward"):
+        model(tokens[:, past : past + new], past_key_values=kept, decode_from=past)
+    if past:
+        assert state(kept) == before
+    assert (kept.get_seq_length(), kept.decode_from) == (past, None)
+    with torch.no_grad():
+        got = model(tokens[:, past : past + new], past_key_values=kept).logits
+        assert error(got, model(tokens[:, : past + new], use_cache=False).logits[:, past:]) <= 1e-5
 
 
 def test_inference_mode_may_come_and_go() -> None:

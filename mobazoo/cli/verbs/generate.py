@@ -16,7 +16,6 @@ from mobazoo.cli.output import note, progress, size
 from mobazoo.cli.work import DryRun, Outcome, Overrides, show_plan, would_load
 from mobazoo.config.generate import GenerateRecipe
 from mobazoo.config.recipe import parse_recipe
-from mobazoo.config.rules import DECODES
 from mobazoo.config.shipped import RECIPES, Source, find, shipped
 from mobazoo.errors import InputError
 from mobazoo.files import check_result_place
@@ -66,10 +65,7 @@ def resolve(model: str, overrides: Sequence[str]) -> GenerateRecipe:
     """
     recipe = _parse(model, overrides)
     check_result_place(recipe.dest)
-    if recipe.prefill_chunk is not None and recipe.prefill_chunk < 1:
-        raise InputError(f"prefill_chunk: want at least 1 token, got {recipe.prefill_chunk}")
-    if recipe.decode not in (None, *DECODES):
-        raise InputError(f"decode: want {' or '.join(DECODES)}, got {recipe.decode!r}")
+    recipe.check()
     return recipe
 
 
