@@ -40,7 +40,7 @@ def make_data(study: Study) -> PreTrainedTokenizerBase:
     if not (folder / "train.jsonl").exists():
         texts = [document.text for document in read_documents(replace(study.source, split="train"))]
         tokens = sum(len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"])
-        length, share = int(study.train["length"]), study.recall.share
+        length, share = study.length, study.recall.share
         made = Documents(study, tokenizer, texts, seed=1)
         count = max(1, round(tokens / length * share / (1 - share)))
         texts += [made.text() for _ in range(count)]
@@ -77,7 +77,7 @@ class Documents:
         if not texts:
             raise InputError("study.source: no text is left; look at files, validation and min_chars")
         self.recall, self.tokenizer = study.recall, tokenizer
-        self.length = int(study.train["length"])
+        self.length = study.length
         self.random = random.Random(seed)
         chosen = words(tokenizer, 2 * study.recall.words)
         random.Random(0).shuffle(chosen)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -14,7 +15,7 @@ from typing import Any
 
 from mobazoo.config.recipe import to_yaml
 from mobazoo.errors import UnsupportedError
-from mobazoo.results import command, write_whole
+from mobazoo.results import write_whole
 from tools.study.recipe import Study
 
 Result = Mapping[str, Any]
@@ -59,15 +60,12 @@ def _lines(study: Study, arms: Mapping[str, Sequence[Result]], drawing: str) -> 
         for name, runs in arms.items()
     ]
     places = [f"{bucket['first']}-{bucket['last']}" for bucket in first["loss"]["by_position"]]
-    by_position = [
-        (name, *(_mean(runs, lambda r, i=i: r["loss"]["by_position"][i]["loss"]["mean"]) for i in range(len(places))))  # type: ignore[misc]
-        for name, runs in arms.items()
-    ]
+    by_position = [(name, *(f"{loss:.3f}" for loss in _by_position(runs))) for name, runs in arms.items()]
     least = max(_errors(every), default=0.0)
     return [
         "# Does it learn?",
         "",
-        f"Written by `{command()}`; the training took {minutes:.1f} minutes in all.",
+        f"Written by `python -m tools.study {shlex.join(sys.argv[1:])}`; the training took {minutes:.1f} minutes in all.",
         *(f"Machine: {machine}." for machine in machines),
         "What a study of this size can and cannot show: [README.md](README.md).",
         "",
@@ -97,8 +95,9 @@ def _errors(every: Sequence[Result]) -> list[float]:
     return [error for error in found if error is not None]
 
 
-def _mean(runs: Sequence[Result], of: Callable[[Result], float]) -> str:
-    return f"{mean(map(of, runs)):.3f}"
+def _by_position(runs: Sequence[Result]) -> list[float]:
+    every = [[bucket["loss"]["mean"] for bucket in run["loss"]["by_position"]] for run in runs]
+    return [mean(losses) for losses in zip(*every, strict=True)]
 
 
 def _values(runs: Sequence[Result], of: Callable[[Result], float], digits: str = ".3f") -> str:
@@ -120,8 +119,7 @@ def _plot(arms: Mapping[str, Sequence[Result]]) -> str:
         for number, (name, runs) in enumerate(arms.items()):
             buckets = runs[0]["loss"]["by_position"]
             middle = [(bucket["first"] + bucket["last"]) / 2 for bucket in buckets]
-            losses = [mean(r["loss"]["by_position"][i]["loss"]["mean"] for r in runs) for i in range(len(buckets))]
-            left.plot(middle, losses, label=name, color=f"C{number % 10}", marker="osv^D<>p*Xh"[number % 11])
+            left.plot(middle, _by_position(runs), label=name, color=f"C{number % 10}", marker="osv^D<>p*Xh"[number % 11])
             shares = [100 * run["recall"]["share"] for run in runs]
             right.barh(name, mean(shares), color=f"C{number % 10}", alpha=0.6)
             right.plot(shares, [name] * len(shares), "k|", markersize=12)
@@ -133,4 +131,4 @@ def _plot(arms: Mapping[str, Sequence[Result]]) -> str:
         right.invert_yaxis()
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date")))
-    return "\n".join(line.rstrip() for line in file.getvalue().split(os.linesep))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -121,6 +122,11 @@ class Study:
         made = [plain(self.source), self.vocab, plain(self.recall), self.train.get("length")]
         return Path(self.folder, f"data-{_digest(made)}")
 
+    @property
+    def length(self) -> int:
+        """Tokens in a row."""
+        return next(self.runs()).recipe.length
+
     def runs(self) -> Iterator[Run]:
         """Every training run, those first that decide whether to go on."""
         names = [FULL, LOCAL, *(name for name in self.arms if name not in (FULL, LOCAL))]
@@ -143,7 +149,7 @@ class Study:
         recipe = parse_recipe(Source("train", "study.train", to_yaml(given)), [], TrainRecipe)
         measured = [plain(recipe), plain(self.source), plain(self.recall), self.vocab, self.documents]
         digest = _digest(measured)
-        dest = Path(self.folder, f"{name}-{seed}-{digest}")
+        dest = Path(self.folder, f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}-{digest}")
         return Run(name, seed, replace(recipe, dest=str(dest)), Path(self.folder, "results", f"{dest.name}.json"))
 
 
