@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
+from mobazoo.checkpoint.place import METRICS
 from mobazoo.checkpoint.ready import ready_model
 from mobazoo.config.eval import EvalRecipe, LossTask
 from mobazoo.eval.evaluate import evaluate
@@ -24,9 +25,9 @@ Progress = Callable[[str, int, int], None]
 
 def do(study: Study, run: Run, questions: Sequence[Asked], progress: Progress, log: Callable[[str], None]) -> None:
     """Trains a run from where it was interrupted, measures it, and writes its result."""
-    begin, length = time.perf_counter(), run.recipe.length
-    train(replace(run.recipe, overwrite=True), progress, log)
-    seconds = time.perf_counter() - begin
+    length, dest = run.recipe.length, Path(run.recipe.dest)
+    if not dest.is_dir():  # it appears whole or not at all
+        train(run.recipe, progress, log)
     asks = EvalRecipe(
         run.recipe.dest,
         replace(study.source, split="validation"),
@@ -41,13 +42,24 @@ def do(study: Study, run: Run, questions: Sequence[Asked], progress: Progress, l
     result: dict[str, Any] = {
         "arm": run.arm,
         "seed": run.seed,
-        "train_seconds": round(seconds, 1),
+        "train_seconds": round(trained_for(dest), 1),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "texts": found["texts"],
         "loss": found["loss"]["settings"]["as it is"],
         "recall": recall(model, questions, progress),
     }
     write_result(run.result, "study", run.recipe, result)
+
+
+def trained_for(folder: Path) -> float:
+    """Seconds of all training steps, by the rates in its log; an interrupted run has them too."""
+    seconds, before = 0.0, 0
+    for line in (folder / METRICS).read_text("utf-8").splitlines():
+        said = json.loads(line)
+        if "tokens" in said:
+            seconds += (said["tokens"] - before) / said["tokens_per_second"]
+            before = said["tokens"]
+    return seconds
 
 
 @torch.no_grad()
