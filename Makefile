@@ -8,7 +8,7 @@ READY := $(VENV)/.installed
 endif
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup test test-slow test-gpu test-oldest lint format demo bench clean
+.PHONY: help setup test test-slow test-gpu test-oldest lint format demo bench study clean
 
 help:
 	@echo "make setup      create $(VENV) and install (torch first, at its pinned version)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make test-oldest  what touches transformers, with the oldest one that pyproject.toml allows"
 	@echo "make bench      the figures of docs/benchmarks"
+	@echo "make study      small models with full attention and kinds of MoBA, compared; docs/studies says what for"
 
 setup: $(READY)
 
@@ -53,6 +54,9 @@ demo: $(READY)
 bench: $(READY)
 	$(PY) -m mobazoo.bench --suite cpu --markdown docs/benchmarks/cpu.md
 	$(PY) -m mobazoo.bench --suite decode --markdown docs/benchmarks/decode.md
+
+study: $(READY)
+	$(PY) -m tools.study cpu
 
 clean:
 	rm -rf $(VENV) .oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
+from mobazoo.errors import UnsupportedError
+
 
 class KeyConv(nn.Module):
     """Depthwise causal convolution on keys along a document, ``k'_t = k_t + SiLU(sum_{l<W} w_l k_{t-l})``.
@@ -27,7 +29,15 @@ class KeyConv(nn.Module):
         """Keys ``[B, Hkv, T, D]`` and their positions in their documents ``[B, T]`` to keys of the same shape.
 
         ``before`` ``[B, Hkv, width - 1, D]`` are the keys of the slots before them (None: there are none).
+
+        Raises:
+            UnsupportedError: the heads are split over processes, and these weights are not.
         """
+        if k.shape[1] != self.weight.shape[1]:
+            raise UnsupportedError(
+                f"kconv: its weights are not split over processes (tensor parallelism), and here are {k.shape[1]} of "
+                f"{self.weight.shape[1]} key heads; share rows instead (train.sequence), or load without tp_plan"
+            )
         mixed, width, length = self.weight[0] * k, self.weight.shape[0], k.shape[2]
         known = pad(k, (0, 0, width - 1, 0)) if before is None else torch.cat([before, k], dim=2)
         for lag in range(1, width):

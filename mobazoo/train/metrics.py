@@ -83,6 +83,7 @@ class Metrics(TrainerCallback):
             for name, value in said.items():
                 if value is not None:
                     self.board.add_scalar(f"train/{name}", value, state.global_step)
+            self.board.flush()  # a run may be killed at any time
         if self.log is not None:
             self.log(
                 f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}, "
@@ -109,6 +110,7 @@ class Metrics(TrainerCallback):
             for name in ("loss", "trailing"):
                 if said["validation"][name] is not None:
                     self.board.add_scalar(f"validation/{name}", said["validation"][name], said["step"])
+            self.board.flush()
 
     def pause(self, seconds: float) -> None:
         """Leaves time that was not spent on training out of the rate."""
