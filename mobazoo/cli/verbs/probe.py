@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,12 +15,12 @@ from mobazoo.cli.work import DryRun, Outcome, Overrides, show_plan
 from mobazoo.config.probe import ProbeRecipe
 from mobazoo.config.recipe import parse_recipe, to_yaml
 from mobazoo.config.shipped import RECIPES, Source, find, shipped
+from mobazoo.probe.tables import chosen_setting, grid_rows, layer_rows
 
 PLACE = ("3 Measure", 0)
 EXAMPLES = """Example: mobazoo probe ./Llama-3.2-1B data.path=./texts length=8192 block_sizes='[256, 512]'
 
 Example: mobazoo probe ./Qwen3-0.6B data.path=stdlib suggest.block_size=128 suggest.top_k=8 suggest.full=3"""
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def main(
@@ -77,49 +77,3 @@ def execute(recipe: ProbeRecipe) -> Outcome:
         full = ", ".join(map(str, said["full"])) or "none"
         line += f", suggested: layers left full {full} ({said['trust']['level']} trust)"
     return Outcome(line, outputs)
-
-
-def chosen_setting(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of the grid that the suggestion is for, or its first."""
-    grid: list[Mapping[str, Any]] = found["grid"]
-    wanted = found.get("suggested", grid[0])
-    return next(one for one in grid if all(one[key] == wanted[key] for key in ("block_size", "top_k")))
-
-
-def grid_rows(found: Mapping[str, Any]) -> Table:
-    """Header and rows of the table by setting."""
-    header = ("block", "top_k", "keys read", "mass kept", "worst layer", "best blocks", "strongest key in", "tiles")
-    rows = []
-    for one in found["grid"]:
-        mass, best, hit = (
-            [_mean(layer[name]) for layer in one["layers"]] for name in ("mass", "best", "hit")
-        )
-        density = _mean([layer["density"] for layer in one["layers"]])
-        shares = (one["share_read"], _mean(mass), min(mass), _mean(best), _mean(hit), density)
-        rows.append((str(one["block_size"]), str(one["top_k"]), *(_percent(share) for share in shares)))
-    return header, rows
-
-
-def layer_rows(found: Mapping[str, Any], chosen: Mapping[str, Any]) -> Table:
-    """Header and rows of the table by layer, for one setting."""
-    header = ("layer", "mass kept", "worst head", "best blocks", "strongest key in", "tiles", "SNR", "SNR measured")
-    signal = next(one["layers"] for one in found["signal"] if one["block_size"] == chosen["block_size"])
-    changes = found["suggested"]["layers"] if "suggested" in found else []
-    rows = []
-    for number, (layer, heard) in enumerate(zip(chosen["layers"], signal, strict=True)):
-        shares = (_mean(layer["mass"]), min(layer["mass"]), _mean(layer["best"]), _mean(layer["hit"]), layer["density"])
-        cells = [str(number), *(_percent(share) for share in shares)]
-        cells += [f"{_mean(heard[name]):.2f}" for name in ("snr", "measured")]
-        if changes:
-            error = changes[number]["error"]
-            cells += [f"{changes[number]['mean']:+.4f}", "" if error is None else f"{error:.4f}"]
-        rows.append(tuple(cells))
-    return (*header, "loss change", "±") if changes else header, rows
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
