@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mobazoo.checkpoint",),
     ("mobazoo.data", "mobazoo.metrics", "mobazoo.results"),
     ("mobazoo.explain",),
+    ("mobazoo.cost",),
     ("mobazoo.train", "mobazoo.eval", "mobazoo.probe", "mobazoo.generate", "mobazoo.bench", "mobazoo.prefill", "mobazoo.report"),
     ("mobazoo.zoo",),
     ("mobazoo.cli", "mobazoo.__main__"),
