@@ -39,7 +39,7 @@ def test_flops_and_bytes_by_hand() -> None:
 
 def test_break_even_by_hand() -> None:
     pattern = MoBA(64, 3)
-    assert Rates(1.0, 1.0).break_even(pattern) == 193
+    assert Rates(1.0, 0.5).break_even(pattern) == 193
     slow = Rates(1.0, 10.0).break_even(pattern)
     assert slow is not None
     assert Rates(1.0, 10.0).seconds(pattern, slow) < slow * (slow + 1) / 2
