@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -106,9 +106,10 @@ def measure(patterns: Sequence[Pattern], length: int, shape: Shape, rounds: int)
     times: list[list[float]] = [[] for _ in patterns]
     for number in range(rounds + 1):
         for pattern, took in zip(patterns, times, strict=True):
-            seconds = _seconds(lambda p=pattern: float(attend(q, k, v, pattern=p)[0, 0, -1, 0]))  # type: ignore[misc]
+            begin = time.perf_counter()
+            attend(q, k, v, pattern=pattern)[0, 0, -1, 0].item()  # .item() waits for the device
             if number:
-                took.append(seconds)
+                took.append(time.perf_counter() - begin)
     return [median(took) for took in times]
 
 
@@ -118,9 +119,3 @@ def layer_patterns(layers: Sequence[LayerAttention]) -> dict[Pattern, int]:
     for layer in layers:
         found[layer.pattern] = found.get(layer.pattern, 0) + 1
     return found
-
-
-def _seconds(call: Callable[[], float]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mobazoo.attention.pattern import Full, MoBA
+from mobazoo.attention.pattern import Full, MoBA, Pattern
 from mobazoo.cli.describe import config_of, device_of, dtype_of
 from mobazoo.cli.output import count, size
 from mobazoo.config.explain import ExplainRecipe
@@ -54,13 +54,11 @@ def explain(recipe: ExplainRecipe) -> Explained:
     sparse = [pattern for pattern in patterns if isinstance(pattern, MoBA)]
     if not sparse:
         return Explained(rows, ["no layer has MoBA; add rules: attention='[{pattern: moba, ...}]'"], None)
-    rates = {pattern: calibrate(pattern, shape, recipe.rounds) for pattern in sparse}
+    rates: dict[Pattern, Rates] = {pattern: calibrate(pattern, shape, recipe.rounds) for pattern in sparse}
     dense = sum(one.full for one in rates.values()) / len(rates)
-    base = len(layers) * Rates(dense, dense).seconds(Full(), length)
-    took = sum(
-        number * rates.get(pattern, Rates(dense, dense)).seconds(pattern, length)  # type: ignore[call-overload]
-        for pattern, number in patterns.items()
-    )
+    rates[Full()] = Rates(dense, dense)
+    base = len(layers) * rates[Full()].seconds(Full(), length)
+    took = sum(number * rates[pattern].seconds(pattern, length) for pattern, number in patterns.items())
     rows.append(_seconds("predicted seconds", base, took))
     if recipe.measure:
         times = dict(zip([Full(), *sparse], measure([Full(), *sparse], length, shape, recipe.rounds), strict=True))

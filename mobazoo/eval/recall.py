@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -59,7 +60,7 @@ def measure_recall(
                 ]
                 _check_positions(model, questions, length)
                 key = f"recall {name} {kind} {length} {depth}"
-                said = parts.get(key, lambda q=questions: _cell(model, tokenizer, q, recipe.batch))  # type: ignore[misc]
+                said = parts.get(key, partial(_cell, model, tokenizer, questions, recipe.batch))
                 cells.append({"task": kind, "length": length, "depth": depth, **said})
                 progress(f"recall, {name}", done, len(grid))
         found[name] = cells
