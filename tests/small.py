@@ -17,10 +17,10 @@ RULES: list[dict[str, Any]] = [{"layers": ":", "pattern": "moba", "block_size": 
 FULL: list[dict[str, Any]] = [{"layers": ":", "pattern": "full"}]
 
 
-def plain_checkpoint(folder: Path) -> Path:
+def plain_checkpoint(folder: Path, positions: int = 128) -> Path:
     """A tiny Llama as transformers saves it."""
     sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": positions}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
     for parameter in model.parameters():  # attention that is not flat, so that blocks matter

@@ -26,9 +26,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mobazoo.checkpoint",),
     ("mobazoo.data", "mobazoo.metrics", "mobazoo.results"),
     ("mobazoo.explain",),
+    ("mobazoo.cost",),
     (
         "mobazoo.train",
         "mobazoo.eval",
+        "mobazoo.probe",
         "mobazoo.generate",
         "mobazoo.bench_attention",
         "mobazoo.prefill",

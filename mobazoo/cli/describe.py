@@ -57,11 +57,9 @@ def describe(target: str, overrides: Sequence[str], device: str, dtype: str | No
     Raises:
         InputError: no such model, or a setting that no model could have.
     """
-    file = Path(target).is_file() or target.endswith(".yaml") or ("/" not in target and not Path(target).is_dir())
-    is_entry = target in model_names() or file
-    config, model = _from_zoo(target, overrides) if is_entry else _from_folder(target, overrides)
+    config, model = _from_zoo(target, overrides) if _is_entry(target) else _from_folder(target, overrides)
     layers: tuple[LayerAttention, ...] = config.attention_layers()
-    kind, where = _dtype(dtype or config.dtype or "bfloat16"), _device(device)
+    kind, where = dtype_of(dtype or config.dtype or "bfloat16"), device_of(device)
     length = config.max_position_embeddings
     head_dim, key_heads = config.head_dim, config.num_key_value_heads
     per_token = kv_bytes(len(layers), key_heads, head_dim, kind)
@@ -86,6 +84,20 @@ def describe(target: str, overrides: Sequence[str], device: str, dtype: str | No
     return Described(target, facts, rows)
 
 
+def config_of(target: str) -> PreTrainedConfig:
+    """The configuration of a model by name, file, folder or Hub id.
+
+    Raises:
+        InputError: no such model.
+    """
+    return (_from_zoo(target, ()) if _is_entry(target) else _from_folder(target, ()))[0]
+
+
+def _is_entry(target: str) -> bool:
+    file = Path(target).is_file() or target.endswith(".yaml") or ("/" not in target and not Path(target).is_dir())
+    return target in model_names() or file
+
+
 def _from_zoo(name: str, overrides: Sequence[str]) -> tuple[PreTrainedConfig, PreTrainedModel]:
     entry = model_entry(name, overrides)
     return make_config(entry), build(entry)
@@ -108,14 +120,24 @@ def _cells(layer: LayerAttention) -> tuple[Any, ...]:
     return ("full" if isinstance(pattern, Full) else "moba", *sizes, layer.decode, layer.kconv or None)
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """``auto`` or a device by name, as its type.
+
+    Raises:
+        InputError: no device.
+    """
     try:
         return torch.device(chosen(name)).type
     except RuntimeError:
         raise InputError(f"--device: want auto, cpu or cuda, got {name!r}") from None
 
 
-def _dtype(name: str | torch.dtype) -> torch.dtype:
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """A dtype by name.
+
+    Raises:
+        InputError: another than models are stored in.
+    """
     short = str(name).removeprefix("torch.")
     if short not in DTYPES:
         raise InputError(f"--dtype: want one of {', '.join(DTYPES)}, got {short!r}")

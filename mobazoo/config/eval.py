@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mobazoo.config.data import Data
+from mobazoo.config.keys import nearest
 from mobazoo.config.rules import parse_rules
 from mobazoo.errors import InputError
 
@@ -40,6 +41,54 @@ class ChoicesTask:
     text: int = 0
 
 
+RECALL_TASKS = ("needle", "passkey", "multikey", "tracking")
+
+
+@dataclass(frozen=True, slots=True)
+class RecallTask:
+    """Finding what a long text hides.
+
+    Attributes:
+        tasks: ``needle`` (one sentence), ``passkey`` (a number said twice), ``multikey`` (one sentence of many like it)
+            and ``tracking`` (variables assigned from each other), after RULER (arXiv 2404.06654).
+        lengths: tokens of the prompts.
+        depths: where in the text what is asked for stands, 0 at its beginning and 1 at its end.
+        samples: prompts for each task, length and depth.
+        keys: sentences of ``multikey``, at most 30.
+        hops: assignments after the first of ``tracking``.
+    """
+
+    tasks: list[str] = field(default_factory=lambda: list(RECALL_TASKS))
+    lengths: list[int] = field(default_factory=lambda: [1024])
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    samples: int = 4
+    keys: int = 4
+    hops: int = 2
+
+    def check(self) -> None:
+        """Everything that can be known without the model and the texts.
+
+        Raises:
+            InputError: a value that no prompt could have.
+        """
+        where = "eval.recall"
+        for name in self.tasks:
+            if name not in RECALL_TASKS:
+                raise InputError(f"{where}.tasks: unknown task {name!r}; {nearest(name, RECALL_TASKS)}")
+        for name in ("tasks", "lengths", "depths"):
+            if not getattr(self, name):
+                raise InputError(f"{where}.{name}: want at least one, got none")
+        if min(self.lengths) < 1:
+            raise InputError(f"{where}.lengths: want numbers of tokens >= 1, got {self.lengths}")
+        if not all(0 <= depth <= 1 for depth in self.depths):
+            raise InputError(f"{where}.depths: want shares from 0 to 1, got {self.depths}")
+        for name, least, most in (("samples", 1, None), ("keys", 1, 30), ("hops", 1, None)):
+            value = getattr(self, name)
+            if value < least or (most is not None and value > most):
+                bound = f">= {least}" if most is None else f"from {least} to {most}"
+                raise InputError(f"{where}.{name}: want a number {bound}, got {value}")
+
+
 @dataclass(frozen=True, slots=True)
 class EvalRecipe:
     """What one set of weights does under several attention settings, on the same texts.
@@ -55,6 +104,7 @@ class EvalRecipe:
         batch: texts at a time.
         loss: what to measure of the loss (None: nothing).
         choices: whose block choices to keep (None: nobody's).
+        recall: what to look for in long texts (None: nothing).
         device: ``auto`` takes a GPU if there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16`` (None: as stored).
     """
@@ -68,6 +118,7 @@ class EvalRecipe:
     batch: int = 4
     loss: LossTask | None = field(default_factory=LossTask)
     choices: ChoicesTask | None = None
+    recall: RecallTask | None = None
     device: str = "auto"
     dtype: str | None = None
 
@@ -93,8 +144,10 @@ class EvalRecipe:
         if self.choices is not None and self.choices.setting not in self.named_settings():
             known = ", ".join(self.named_settings())
             raise InputError(f"eval.choices.setting: want one of {known}, got {self.choices.setting!r}")
-        if self.loss is None and self.choices is None:
-            raise InputError("eval: loss and choices: both are null, so there is nothing to do; give one of them")
+        if self.recall is not None:
+            self.recall.check()
+        if self.loss is None and self.choices is None and self.recall is None:
+            raise InputError("eval: loss, choices and recall are all null, so there is nothing to do; give one of them")
 
     def named_settings(self) -> dict[str, list[dict[str, Any]]]:
         """The settings; the checkpoint as it is where there are none."""

@@ -41,7 +41,7 @@ def measure_loss(
     first = None
     for name, rules in settings.items():
         with setting(model, rules):
-            losses = _losses(model, ids, batch, partial(progress, f"loss, {name}"))
+            losses = text_losses(model, ids, batch, partial(progress, f"loss, {name}"))
             share = float(share_read(model.config.attention_layers(), ids.shape[1]))
         first = losses if first is None else first
         found[name] = {
@@ -56,8 +56,8 @@ def measure_loss(
 
 
 @torch.no_grad()
-def _losses(model: MobaForCausalLM, ids: Tensor, batch: int, done: Callable[[int, int], None]) -> Tensor:
-    """``[texts, length - 1]`` float32 on the host."""
+def text_losses(model: MobaForCausalLM, ids: Tensor, batch: int, done: Callable[[int, int], None]) -> Tensor:
+    """Losses of the tokens of ``[texts, length]``: ``[texts, length - 1]`` float32 on the host, ``batch`` texts at a time."""
     parts = []
     for at in range(0, len(ids), batch):
         some = ids[at : at + batch].to(model.device)

@@ -27,7 +27,7 @@ class Texts:
     names: tuple[str, ...]
 
 
-def read_texts(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, most: int) -> Texts:
+def read_texts(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, most: int, verb: str = "eval") -> Texts:
     """The first ``length`` tokens of the first ``most`` documents that have as many.
 
     A text begins where its document does, so that a position is the number of tokens there were to learn from.
@@ -45,7 +45,7 @@ def read_texts(data: Data, tokenizer: PreTrainedTokenizerBase, length: int, most
             break
     if not found:
         raise InputError(
-            f"eval.length: want a document of {length} tokens, the longest of data.path={data.path} has {longest}; "
+            f"{verb}.length: want a document of {length} tokens, the longest of data.path={data.path} has {longest}; "
             "give a smaller length or other data"
         )
     return Texts(torch.tensor(list(found.values())), tuple(found))

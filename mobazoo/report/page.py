@@ -13,6 +13,7 @@ from mobazoo.config.report import ReportRecipe
 from mobazoo.files import write_whole
 from mobazoo.report.collect import Findings, collect
 from mobazoo.report.html import figure, length_label, more, page, paragraph, section, table
+from mobazoo.report.measured import probes, recalls
 from mobazoo.report.style import CSS
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
@@ -37,7 +38,8 @@ def render(findings: Findings, title: str) -> str:
     """The page as text."""
     plots = import_module("mobazoo.report.plots")
     parts = [_head(findings, title), _short(findings), '<div class="grid">']
-    parts += [_losses(findings, plots), _prefill(findings, plots), *_choices(findings, plots), *_texts(findings)]
+    parts += [*probes(findings, plots), _losses(findings, plots), *recalls(findings, plots)]
+    parts += [_prefill(findings, plots), *_choices(findings, plots), *_texts(findings)]
     parts += ["</div>", _stages(findings), _machine(findings)]
     return page(title, CSS, "".join(parts))
 

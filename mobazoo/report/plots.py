@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mobazoo.report.html import length_label
-from mobazoo.report.style import CHOSEN, FAINT, INK, OWN, SERIES, VARIABLES
+from mobazoo.report.style import CHOSEN, FAINT, INK, OWN, PAPER, SERIES, VARIABLES
 
 # About as wide as a phone, so that text is read there at its own size.
 _WIDTH = 5.0
@@ -127,6 +128,78 @@ def block_choices(layer: Mapping[str, Any], name: str, most: int = 4) -> str:
             if place + columns >= len(heads):
                 axes.set_xlabel(f"block of {layer['block_size']} tokens")
         return _svg(figure, name)
+
+
+def mass_by_head(layers: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Share of full attention that blocks keep, down the layers, across the heads.
+
+    Args:
+        layers: of one setting of a probe, each with ``mass`` by head.
+        name: of the plot, unique in its page.
+    """
+    values = np.array([layer["mass"] for layer in layers])
+
+    def draw(axes: Axes) -> None:
+        _heat_map(axes, values, [str(i) for i in range(values.shape[1])], [str(i) for i in range(len(values))])
+        axes.set_xlabel("query head")
+        axes.set_ylabel("layer")
+
+    return _single(draw, name, min(7.0, 1.2 + 0.45 * len(values)))
+
+
+def loss_by_layer(suggested: Mapping[str, Any], name: str) -> str:
+    """Loss change with one layer switched to blocks, with its standard error; layers to leave full in another colour."""
+
+    def draw(axes: Axes) -> None:
+        for number, said in enumerate(suggested["layers"]):
+            full = number in suggested["full"]
+            axes.bar(
+                number, said["mean"], color=SERIES[1 if full else 0], hatch="//" if full else None, edgecolor=PAPER
+            )
+            axes.errorbar(number, said["mean"], yerr=said["error"] or 0.0, color=INK, capsize=3, linewidth=1)
+        axes.axhline(0, color=FAINT, linewidth=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layer that is switched, alone")
+        axes.set_ylabel("loss change (nats per token)")
+        axes.grid(axis="y", linewidth=0.6)
+        axes.set_axisbelow(True)
+
+    return _single(draw, name, 3.4)
+
+
+def recall(settings: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> str:
+    """Share found, a picture for each task and setting: across the lengths, down the depths."""
+    tasks = list(dict.fromkeys(cell["task"] for cells in settings.values() for cell in cells))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.6 + 2.2 * len(tasks)), layout="constrained")
+        grid = figure.subplots(len(tasks), len(settings), squeeze=False)
+        for (row, task), (column, setting) in product(enumerate(tasks), enumerate(settings)):
+            axes, cells = grid[row, column], [cell for cell in settings[setting] if cell["task"] == task]
+            lengths, depths = (list(dict.fromkeys(cell[what] for cell in cells)) for what in ("length", "depth"))
+            values = np.array([cell["score"]["mean"] for cell in cells]).reshape(len(lengths), len(depths)).T
+            _heat_map(axes, values, [length_label(length) for length in lengths], [f"{100 * d:g} %" for d in depths])
+            axes.set_title(f"{task}, {setting}", fontsize=12)
+            if column:
+                axes.tick_params(labelleft=False)
+            else:
+                axes.set_ylabel("depth")
+            if row == len(tasks) - 1:
+                axes.set_xlabel("prompt (tokens)")
+        return _svg(figure, name)
+
+
+def _heat_map(axes: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Shares as the opacity of one colour, so that light and dark and every colour vision read the same; numbers too."""
+    picture = np.zeros((*values.shape, 4))
+    picture[..., :3], picture[..., 3] = CHOSEN, 0.75 * values.clip(0, 1)  # never so full that letters drown
+    axes.imshow(picture, interpolation="none", aspect="auto")
+    for ticks, labels in ((axes.set_xticks, columns), (axes.set_yticks, rows)):
+        step = -(-len(labels) // 8)
+        ticks(range(0, len(labels), step), labels[::step])
+    if values.shape[1] <= 8 and len(values) <= 16:
+        for (row, column), value in np.ndenumerate(values):
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=11, color=INK)
+    axes.tick_params(length=0)
 
 
 def shares(chosen: Sequence[Sequence[int]], block_size: int) -> tuple[np.ndarray, int]:

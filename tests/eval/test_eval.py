@@ -146,7 +146,7 @@ def test_the_result_is_written_with_the_choices(zoo: Path, texts: Path, tmp_path
         ({"documents": 0}, "eval.documents: want a number >= 1, got 0"),
         ({"loss": LossTask(buckets=64)}, "eval.loss.buckets: want 1 to 63, the predicted tokens of a text, got 64"),
         ({"loss": LossTask(4, 64)}, "eval.loss.trailing: want 1 to 63, the predicted tokens of a text, got 64"),
-        ({"loss": None}, "eval: loss and choices: both are null, so there is nothing to do; give one of them"),
+        ({"loss": None}, "eval: loss, choices and recall are all null, so there is nothing to do; give one of them"),
         ({"settings": {"a": [{"topk": 3}]}}, "eval.settings.a[0]: unknown key 'topk'; did you mean 'top_k'?"),
         ({"choices": ChoicesTask("b")}, "eval.choices.setting: want one of as it is, got 'b'"),
         ({"choices": ChoicesTask("as it is", text=4)}, "eval.choices.text: want 0 to 3, got 4"),

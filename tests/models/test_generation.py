@@ -310,9 +310,7 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_model_that_assists_itself_is_refused() -> None:
-    with pytest.raises(
-        UnsupportedError, match="assistant_early_exit: rules count a whole model's layers; pass"
-    ):
+    with pytest.raises(UnsupportedError, match="assistant_early_exit: rules count a whole model's layers; pass"):
         made("llama", "moba").generate(ids(1, 5), max_new_tokens=2, assistant_early_exit=1)
 
 

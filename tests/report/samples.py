@@ -50,6 +50,43 @@ def prefill() -> list[dict[str, Any]]:
     return rows
 
 
+def probe() -> dict[str, Any]:
+    heads = [0.4, 0.6, 0.8, 0.95]
+
+    def setting(top_k: int) -> dict[str, Any]:
+        layers = [{"mass": heads, "best": heads, "hit": heads, "density": 0.9} for _ in range(4)]
+        return {"block_size": 64, "top_k": top_k, "share_read": 0.1 * top_k, "layers": layers}
+
+    heard = [{"gap": heads, "snr": heads, "measured": heads} for _ in range(4)]
+    changes = [{"mean": mean, "error": 0.001} for mean in (0.02, 0.001, -0.0005, 0.003)]
+    rules = [{"layers": ":", "pattern": "moba", "block_size": 64, "top_k": 3}, {"layers": 0, "pattern": "full"}]
+    suggested = {"block_size": 64, "top_k": 3, "layers": changes, "full": [0], "rules": rules}
+    return {
+        "texts": {"count": 8, "length": 1024},
+        "grid": [setting(2), setting(3)],
+        "signal": [{"block_size": 64, "layers": heard}],
+        "suggested": {**suggested, "trust": {"level": "high", "why": "it beats them"}},
+    }
+
+
+def recall() -> dict[str, Any]:
+    def cells(worse: float) -> list[dict[str, Any]]:
+        return [
+            {
+                "task": task,
+                "length": length,
+                "depth": depth,
+                "score": {"mean": max(0.0, 1 - worse * length / 8192 * (1 - depth)), "error": 0.1},
+                "loss": {"mean": 0.1 + worse, "error": None},
+            }
+            for task in ("needle", "tracking")
+            for length in (1024, 4096, 8192)
+            for depth in (0.0, 0.5, 1.0)
+        ]
+
+    return {"samples": 4, "settings": {"full": cells(0.2), "moba": cells(0.9)}}
+
+
 def write_run(folder: Path) -> Path:
     """Everything a run of the quickstart leaves, but checkpoints."""
     texts = {"count": 40, "length": 1024}
@@ -57,6 +94,8 @@ def write_run(folder: Path) -> Path:
     write_result(folder / "after.json", "eval", recipe, {"texts": texts, "loss": loss(-0.3), "choices": choices()})
     write_result(folder / "before.json", "eval", recipe, {"texts": texts, "loss": loss(0.0)})
     write_result(folder / "prefill.json", "bench", recipe, {"prefill": prefill()})
+    write_result(folder / "probe.json", "probe", recipe, {"probe": probe()})
+    write_result(folder / "recall.json", "eval", recipe, {"recall": recall()})
     text = {"prompt": "def f(\n", "text": HOSTILE, "prompt_tokens": 3, "new_tokens": 40, "seconds": 1.25}
     write_result(folder / "text.json", "generate", recipe, {"generate": text})
     (folder / ".stages").mkdir()

@@ -68,7 +68,7 @@ def test_page_at_phone_and_desk_width(width: int, dark: bool, tmp_path: Path) ->
     assert found["width"] == shown
     assert found["wide"] == []
     assert found["scroll"] <= shown
-    assert found["plots"] == 3
+    assert found["plots"] == 6
     assert found["short"]  # the first table needs no scrolling
     assert found["smallest"] >= 10
     assert (found["ink"], found["back"]) == (

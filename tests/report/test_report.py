@@ -89,7 +89,7 @@ def test_colours_are_variables_with_a_light_and_a_dark_value(text: str) -> None:
 
 def test_every_plot_says_what_it_shows(tree: ElementTree.Element) -> None:
     figures = [element for element in tree.iter() if element.tag == "figure"]
-    assert len(figures) == 3
+    assert len(figures) == 6
     for found in figures:
         (svg,) = (child for child in found if local(child.tag) == "svg")
         assert svg.attrib["role"] == "img"
@@ -101,6 +101,8 @@ def test_every_plot_says_what_it_shows(tree: ElementTree.Element) -> None:
     labels = {words(element) for found in figures for element in found.iter() if local(element.tag) == "text"}
     assert {"position in the text (tokens)", "loss (nats per token)", "prompt (tokens)"} <= labels
     assert {"time to read it (seconds)", "query (tokens)", "block of 64 tokens", "head 3", "16K"} <= labels
+    assert {"query head", "layer", "95", "depth", "50 %", "needle, full", "tracking, moba"} <= labels
+    assert {"layer that is switched, alone", "loss change (nats per token)"} <= labels
     assert {"full, before", "moba, before", "full, after", "moba, after"} <= labels
 
 
@@ -108,7 +110,10 @@ def test_the_page_has_its_parts_in_order(tree: ElementTree.Element) -> None:
     titles = [words(element) for element in tree.iter() if element.tag == "h2"]
     assert titles == [
         "In short",
+        "Attention that blocks would keep",
+        "Which layers to leave full",
         "Loss by position",
+        "Found in long texts",
         "Time to read a prompt",
         "Blocks that layer 2 reads",
         "A text",
@@ -118,6 +123,8 @@ def test_the_page_has_its_parts_in_order(tree: ElementTree.Element) -> None:
     page = words(tree)
     assert page.index("did before") < page.index("did after") < page.index("did prefill")
     assert "did report" not in page
+    assert "attention: - layers: ':' pattern: moba block_size: 64 top_k: 3 - layers: 0 pattern: full" in page
+    assert "Trust: high; it beats them." in page
     assert "mobazoo eval loss dest=before.json" in page
 
 
@@ -151,13 +158,13 @@ def test_measurements_of_other_lengths_stand_side_by_side(tmp_path: Path) -> Non
     text = write_report(ReportRecipe(str(tmp_path)))[0].read_text()
     assert "40 texts of 1024 tokens, 7 texts of 512 tokens." in text
     found = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
-    (losses, *_) = (element for element in found.iter() if element.tag == "details")
+    (_, losses, *_) = (element for element in found.iter() if element.tag == "details")
     assert [len(list(table.iter("tr"))) for table in losses.iter("table")] == [9, 5]
 
 
 def test_a_run_with_one_result_has_a_page_too(tmp_path: Path) -> None:
     write_run(tmp_path)
-    for name in ("before", "after", "prefill"):
+    for name in ("before", "after", "prefill", "probe", "recall"):
         (tmp_path / f"{name}.json").unlink()
     for stamp in (tmp_path / ".stages").iterdir():
         stamp.unlink()

@@ -119,7 +119,9 @@ def _plot(arms: Mapping[str, Sequence[Result]]) -> str:
         for number, (name, runs) in enumerate(arms.items()):
             buckets = runs[0]["loss"]["by_position"]
             middle = [(bucket["first"] + bucket["last"]) / 2 for bucket in buckets]
-            left.plot(middle, _by_position(runs), label=name, color=f"C{number % 10}", marker="osv^D<>p*Xh"[number % 11])
+            left.plot(
+                middle, _by_position(runs), label=name, color=f"C{number % 10}", marker="osv^D<>p*Xh"[number % 11]
+            )
             shares = [100 * run["recall"]["share"] for run in runs]
             right.barh(name, mean(shares), color=f"C{number % 10}", alpha=0.6)
             right.plot(shares, [name] * len(shares), "k|", markersize=12)

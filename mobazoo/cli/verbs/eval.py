@@ -35,9 +35,16 @@ def resolve(recipe: str, overrides: Sequence[str]) -> EvalRecipe:
 
 def plan(recipe: EvalRecipe) -> list[str]:
     """What would happen. A folder that is here is checked with every setting; the texts are not read."""
-    texts = f"up to {recipe.documents} texts of {recipe.length} tokens from {recipe.data.path}"
-    load = would_load(recipe.model, list(recipe.named_settings().values()), recipe.device, recipe.dtype)
-    lines = [f"would read {texts}", load]
+    lines = []
+    if recipe.loss is not None or recipe.choices is not None:
+        texts = f"up to {recipe.documents} texts of {recipe.length} tokens from {recipe.data.path}"
+        lines.append(f"would read {texts}")
+    if recipe.recall is not None:
+        asked = recipe.recall
+        prompts = len(asked.lengths) * len(asked.depths) * asked.samples
+        lines.append(f"would hide {', '.join(asked.tasks)} in texts from {recipe.data.path}, {prompts} prompts a task")
+    settings = list(recipe.named_settings().values())
+    lines.append(would_load(recipe.model, settings, recipe.device, recipe.dtype))
     lines.append(f"would compare the settings {', '.join(recipe.named_settings())}")
     return [*lines, f"would write {recipe.dest}"] if recipe.dest else lines
 
@@ -47,13 +54,22 @@ def execute(recipe: EvalRecipe) -> Outcome:
     import_module("mobazoo.zoo").register()  # for the tokenizer, which asks for the model's config
     with progress() as update:
         found = import_module("mobazoo.eval.evaluate").evaluate(recipe, update)
-    texts = f"{found['texts']['count']} texts of {found['texts']['length']} tokens"
-    line = texts
+    said = []
+    if "texts" in found:
+        said.append(f"{found['texts']['count']} texts of {found['texts']['length']} tokens")
     if "loss" in found:
+        texts = said[0]
         header, rows = loss_rows(found["loss"])
         table(f"Loss in nats, {texts}; difference to the first setting text by text", header, rows)
-        line += ", loss " + ", ".join(f"{row[0]} {row[1]}" for row in rows)
-    return Outcome(line, [recipe.dest] if recipe.dest else [])
+        said.append("loss " + ", ".join(f"{row[0]} {row[1]}" for row in rows))
+    if "recall" in found:
+        header, rows = recall_rows(found["recall"])
+        samples = found["recall"]["samples"]
+        table(
+            f"Found in long texts, means over depths, {samples} prompts each; loss of the answer in nats", header, rows
+        )
+        said.append("found " + ", ".join(f"{name} {share}" for name, share in _found(found["recall"]).items()))
+    return Outcome(", ".join(said), [recipe.dest] if recipe.dest else [])
 
 
 def loss_rows(loss: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -68,3 +84,26 @@ def loss_rows(loss: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
             cells += [f"{said[what]['mean']:.{digits}f}", "" if error is None else f"{error:.{digits}f}"]
         rows.append((name, *cells, f"{100 * said['share_read']:.3g} %"))
     return header, rows
+
+
+def recall_rows(recall: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the table, a row for each task and length."""
+    settings = recall["settings"]
+    header = ("task", "tokens", *(f"{name}: {what}" for name in settings for what in ("found", "loss")))
+    places = dict.fromkeys((cell["task"], cell["length"]) for cell in next(iter(settings.values())))
+    rows = []
+    for task, length in places:
+        cells = [task, str(length)]
+        for said in settings.values():
+            some = [cell for cell in said if (cell["task"], cell["length"]) == (task, length)]
+            cells += [f"{100 * _mean(some, 'score'):.0f} %", f"{_mean(some, 'loss'):.3f}"]
+        rows.append(tuple(cells))
+    return header, rows
+
+
+def _found(recall: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{100 * _mean(cells, 'score'):.0f} %" for name, cells in recall["settings"].items()}
+
+
+def _mean(cells: Sequence[Mapping[str, Any]], what: str) -> float:
+    return float(sum(cell[what]["mean"] for cell in cells) / len(cells))
