@@ -17,6 +17,9 @@ SINGLE = (torch.float32,)
 # These compile for every geometry, which takes seconds to minutes: they get the cases of `core` in float32 only.
 COMPILING = ("flex", "flex_routed")
 
+# Interpreted on a CPU, where each case takes a second: the cases of `core` in float32; test_triton.py has the others.
+INTERPRETED = ("triton",)
+
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -43,7 +46,8 @@ def on_backends(
         for device in DEVICES:
             for dtype in dtypes:
                 for backend in able(case, dtype, device, grad=grad):
-                    if backend in COMPILING and (name not in core or dtype != torch.float32):
+                    slow = backend in COMPILING or (backend in INTERPRETED and device == "cpu")
+                    if slow and (name not in core or dtype != torch.float32):
                         continue
                     if backend == "reference" and not reference:
                         continue
