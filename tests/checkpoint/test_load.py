@@ -91,7 +91,7 @@ def test_rules_and_shorthands(single: Path) -> None:
         ({"attention": [{"topk": 3}]}, "unknown key 'topk'; did you mean 'top_k'", InputError),
         ({"attention": [{"pattern": "moba"}]}, "pattern moba needs block_size and top_k", InputError),
         ({"attention": [{"kconv": 3}]}, "3 missing: .*k_conv.*come by `mobazoo convert`", InputError),
-        ({"attention": [{"backend": "triton"}]}, "layer 0: unknown backend 'triton'; known: auto, flash", InputError),
+        ({"attention": [{"backend": "cutlass"}]}, "layer 0: unknown backend 'cutlass'; known: auto, flash", InputError),
         (
             {"attention": [*RULES, {"backend": "sdpa"}]},
             "layer 0: backend 'sdpa' cannot do this: .*these can",
