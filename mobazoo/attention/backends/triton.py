@@ -107,7 +107,8 @@ def _triton(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     layout = _layout(q, k, index, start, doc, pos, q_start, q_start_tensor, block_size)
-    return _kernels().forward(q, k, v, layout, scale)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return _kernels().forward(q, k, v, layout, scale)
 
 
 @_triton.register_fake
@@ -133,7 +134,8 @@ def _triton_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = _layout(q, k, index, start, doc, pos, q_start, q_start_tensor, block_size)
-    return _kernels().backward(_dense(dout), _dense(q), _dense(k), _dense(v), out.contiguous(), lse, layout, scale)
+    with torch.cuda.device_of(q):
+        return _kernels().backward(_dense(dout), _dense(q), _dense(k), _dense(v), out.contiguous(), lse, layout, scale)
 
 
 @_triton_backward.register_fake
