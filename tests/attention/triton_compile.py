@@ -21,7 +21,7 @@ from mobazoo.attention.kernels.triton_tiles import power_of_two, tiles
 
 INT32 = {"Order", "Edge", "Cell", "First", "Start", "Lo", "Block", "Readers", "BlockFrom", "BlockTo"}
 FLOAT32 = {"PartLse", "Lse", "Delta"}
-NUMBERS = {"t0", "tokens", "pair0", "pairs", "N", "BS", "T", "S", "tiles", "rows"}
+NUMBERS = {"t0", "tokens", "pair0", "pairs", "N", "BS", "T", "S", "tiles", "rows", "HKV", "G", "W", "HQ"}
 KERNELS = [
     triton_forward.routed,
     triton_forward.own,
@@ -47,7 +47,7 @@ def kind(name: str, element: str) -> str:
 def main(capability: int, element: str, dim: int, block_size: int) -> None:
     itemsize = 4 if element == "fp32" else 2
     held = tiles(dim, itemsize, 1 << 20, block_size)
-    given = {"HKV": 8, "G": 4, "W": 7, "HQ": 32, "D": dim, "DP": power_of_two(dim), "BM": held.rows, "BN": held.stream}
+    given = {"D": dim, "DP": power_of_two(dim), "BM": held.rows, "BN": held.stream, "ROUTED": True}
     for kernel in KERNELS:
         names = list(kernel.arg_names)
         constants = {name: value for name, value in given.items() if name in names}

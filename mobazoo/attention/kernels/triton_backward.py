@@ -10,8 +10,8 @@ import triton.language as tl
 from mobazoo.attention.kernels.triton_forward import LOG2E, load_rows
 
 
-@triton.jit(do_not_specialize=["rows", "T"])
-def delta(Out, DOut, Delta, g_b, g_h, g_t, rows, T, HQ: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "T", "HQ"])
+def delta(Out, DOut, Delta, g_b, g_h, g_t, rows, T, HQ,
           D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     """``sum(dout * out)`` of BM queries in float32."""
     r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -46,11 +46,11 @@ def key_tile(q, dout, lse, moment, k, v, keep, dk, dv, scale):
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
-@triton.jit(do_not_specialize=["T", "t0", "tokens", "pair0", "pairs", "N"])
+@triton.jit(do_not_specialize=["T", "t0", "tokens", "pair0", "pairs", "N", "HKV", "G", "W"])
 def queries_routed(
     Q, K, V, DOut, Lse, Delta, Order, Edge, Cell, First, Start, Part, scale,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_t, T, t0, tokens, pair0, pairs, N, BS,
-    HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    HKV, G, W,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Tile ``i``: what one block gives to the gradients of up to BM queries that read it."""
@@ -87,11 +87,11 @@ def queries_routed(
         tl.store(Part + to[:, None] + dims[None, :], part, mask=ok[:, None] & (dims[None, :] < D))
 
 
-@triton.jit(do_not_specialize=["T", "S", "t0", "tokens", "pair0", "N"])
+@triton.jit(do_not_specialize=["T", "S", "t0", "tokens", "pair0", "N", "HKV", "G", "W"])
 def queries_own(
     Q, K, V, DOut, Lse, Delta, Lo, Begin, Part, Block, DQ, scale,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_t, T, S, t0, tokens, pair0, N,
-    HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    HKV, G, W,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of queries: their own blocks', and the sum of what the routed pass left."""
@@ -134,12 +134,12 @@ def queries_own(
     )
 
 
-@triton.jit(do_not_specialize=["T", "S", "pair0", "N", "tiles"])
+@triton.jit(do_not_specialize=["T", "S", "pair0", "N", "tiles", "HKV", "G", "W"])
 def keys(
     Q, K, V, DOut, Lse, Delta, Lo, Begin, Readers, BlockFrom, BlockTo, Order, Edge, Start, DK, DV, scale,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_t, T, S, pair0, tiles, N, BS,
-    HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HKV, G, W,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BN keys and values: the queries of their own blocks, then the lists of the blocks they are in."""
     tile = tl.program_id(0)
@@ -168,7 +168,7 @@ def keys(
         lse = tl.load(Lse + at, mask=ok, other=0.0)
         moment = tl.load(Delta + at, mask=ok, other=0.0)
         dk, dv = key_tile(q, dout, lse, moment, k, v, keep, dk, dv, scale)
-    if W > 0:
+    if ROUTED:
         for n in range(tl.load(BlockFrom + b * tiles + tile), tl.load(BlockTo + b * tiles + tile)):
             start = tl.load(Start + b * N + n)
             inside = (col >= start) & (col < start + BS)

@@ -29,11 +29,11 @@ def load_rows(ptr, at, ok, dims, D: tl.constexpr):
     return tl.load(ptr + at[:, None] + dims[None, :], mask=ok[:, None] & (dims[None, :] < D), other=0.0)
 
 
-@triton.jit(do_not_specialize=["t0", "tokens", "pair0", "pairs", "N"])
+@triton.jit(do_not_specialize=["t0", "tokens", "pair0", "pairs", "N", "HKV", "G", "W"])
 def routed(
     Q, K, V, Order, Edge, Cell, First, Start, Part, PartLse, scale,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, t0, tokens, pair0, pairs, N, BS,
-    HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    HKV, G, W,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Tile ``i``: up to BM queries that read one block, with all its keys; a normalized result for each read."""
@@ -68,11 +68,11 @@ def routed(
         tl.store(PartLse + read, top + tl.log2(total), mask=ok)
 
 
-@triton.jit(do_not_specialize=["T", "S", "t0", "tokens", "pair0", "N"])
+@triton.jit(do_not_specialize=["T", "S", "t0", "tokens", "pair0", "N", "HKV", "G", "W"])
 def own(
     Q, K, V, Lo, Begin, Part, PartLse, Block, Out, Lse, scale,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, T, S, t0, tokens, pair0, N,
-    HKV: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    HKV, G, W,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries with the keys ``Lo`` .. own slot, then one softmax with what the routed pass left."""

@@ -120,6 +120,7 @@ def _keys(
     triton_backward.keys[(number, slab.pairs)](
         *(*saved, layout.lo, layout.begin, readers, *blocks, order, edge, start, *grads, scale, *strides),
         *(q.shape[2], slots, slab.pair, number, layout.blocks, layout.block_size),
+        ROUTED=found is not None,
         **_constants(layout, group, dim, Tiles(held.stream, held.rows, held.warps, held.stages)),
     )
 
