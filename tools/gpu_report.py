@@ -162,7 +162,8 @@ def _table(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['shape']}. Forward by blocks: {counted['reads'] / 1e6:.1f} million reads, "
         f"{counted['read_bytes'] / 1e9:.0f} GB, {counted['operations'] / 1e12:.1f} TFLOP; "
-        f"gate {counted['gate_operations'] / 1e12:.1f} TFLOP; full attention {counted['full_operations'] / 1e12:.0f} TFLOP.",
+        f"gate {counted['gate_operations'] / 1e12:.1f} TFLOP; "
+        f"full attention {counted['full_operations'] / 1e12:.0f} TFLOP.",
         "",
         "| who | ms | range | times | GiB | first call s | errors (at most 1) |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}  # bytes a program may have
-ALL = [(c, e, d, b) for c in SHARED for e, d in (("bf16", 64), ("bf16", 128), ("fp16", 256), ("fp32", 96)) for b in (16, 128)]
+KINDS = (("bf16", 64), ("bf16", 128), ("fp16", 256), ("fp32", 96))
+ALL = [(capability, *kind, block_size) for capability in SHARED for kind in KINDS for block_size in (16, 128)]
 
 
 def compiled(capability: int, element: str, dim: int, block_size: int, folder: Path) -> dict[str, tuple[int, int]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from mobazoo.attention import Segments
+from mobazoo.attention.kernels import triton_slabs
 from mobazoo.attention.kernels.triton_lists import build, most_tiles
 from mobazoo.attention.kernels.triton_slabs import Layout, Slab, slabs
-from mobazoo.attention.kernels import triton_slabs
 
 
 @pytest.mark.parametrize("tile", [1, 4, 16])
@@ -26,7 +28,7 @@ def test_lists_hold_each_read_once(blocks: int, tile: int) -> None:
         assert int(found.block[read]) == (block if keep else blocks)
     edge = found.edge.tolist()
     order = found.order.tolist()
-    assert [order[a:b] for a, b in zip(edge, edge[1:], strict=False)] == expected
+    assert [order[a:b] for a, b in pairwise(edge)] == expected
     tiles = []
     for i, cell in enumerate(found.cell.tolist()):
         if cell < len(expected):
