@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Shared memory holds one tile of rows and two stages of two streamed tiles: these stay under the 99 KiB of compute
-# capability 8.6. By bytes of one row of a head, ascending: rows in a tile, streamed rows, warps.
-_SAFE = ((128, 128, 64, 4), (256, 64, 64, 4), (512, 64, 32, 4), (1 << 30, 32, 16, 4))
+# Shared memory holds two tiles of rows and two stages of streamed tiles: these stay under the 99 KiB of compute
+# capability 8.6, and spill few registers or none. By bytes of one row of a head, ascending: rows in a tile, streamed
+# rows, warps.
+_SAFE = ((128, 128, 64, 8), (256, 64, 64, 8), (512, 64, 16, 8), (1 << 30, 32, 16, 8))
 _STAGES = 2
 _SMALLEST = 16  # tl.dot multiplies tiles of at least that
 
