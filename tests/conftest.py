@@ -4,7 +4,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402  (reads the setting above)
+import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # our Triton kernels then run on the CPU; compiled ones do not change
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # our Triton kernels then run on the CPU; compiled ones do not change

@@ -30,6 +30,7 @@ _ROUNDS = 7
 
 
 def main() -> int:
+    """Runs the sections that are asked for; 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--section", action="append", choices=SECTIONS, help="may be repeated; default: all")
     parser.add_argument("--dest", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the report")

@@ -31,6 +31,7 @@ class Shape:
 
     @property
     def pattern(self) -> MoBA:
+        """What is computed."""
         return MoBA(self.block_size, self.top_k)
 
     def small(self) -> Shape:

@@ -141,7 +141,7 @@ def keys(
     HKV, G, W,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BN keys and values: the queries of their own blocks, then the lists of the blocks they are in."""
+    """The gradients of BN keys and values: the queries of their own blocks, then the lists of their blocks."""
     tile = tl.program_id(0)
     local = tl.program_id(1)
     b = ((pair0 + local) // HKV).to(tl.int64)

@@ -47,7 +47,5 @@ def build(index: Tensor, real: Tensor, blocks: int, tile: int) -> Lists:
     needed = torch.nn.functional.pad((count[:, :blocks] + tile - 1) // tile, (0, 1)).flatten()
     end = needed.cumsum(0, dtype=torch.int32)
     bound = most_tiles(order.shape[0], pairs * blocks, tile)
-    cell = torch.searchsorted(
-        end, torch.arange(bound, dtype=torch.int32, device=device), right=True, out_int32=True
-    )
+    cell = torch.searchsorted(end, torch.arange(bound, dtype=torch.int32, device=device), right=True, out_int32=True)
     return Lists(order.int(), edge, cell, end - needed, block.flatten())
