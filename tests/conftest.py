@@ -6,7 +6,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+# Our Triton kernels then run on the CPU; what PyTorch compiles does not change.
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # our Triton kernels then run on the CPU; compiled ones do not change
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -21,7 +21,7 @@ from tests.tolerance import check
 ON = [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-PACKED = Case(((1, 61, -2, 26), (-9, 70, -11)), 16, 3, 4, 2, 64)
+PACKED = Case(((1, 50, -2, 17), (-9, 52, -9)), 16, 3, 4, 2, 64)
 CASES = {
     "block 16": PACKED,
     "block 24": replace(PACKED, block_size=24),  # no power of two: keys of a tile are masked
@@ -33,7 +33,7 @@ CASES = {
     "head dim 20": replace(PACKED, dim=20),
     "groups of 3": replace(PACKED, hq=3, hkv=1),
     "decode": replace(PACKED, hq=8, queries=1),
-    "chunk": replace(PACKED, queries=31, first=40),
+    "chunk": replace(PACKED, queries=23, first=40),
     "more keys than queries": Case(((-9, 70, -11),), 16, 3, 2, 2, 64, queries=12, first=3),
 }
 
@@ -54,7 +54,7 @@ def test_against_the_oracle(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("device", ON)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("name", ["block 16", "full", "head dim 96"])
+@pytest.mark.parametrize("name", ["block 16", "full"])
 def test_in_16_bits(name: str, dtype: torch.dtype, device: str) -> None:
     verify(CASES[name], dtype, device)
 
@@ -67,10 +67,10 @@ def test_wide_heads(dim: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ON)
-@pytest.mark.parametrize("share", [1.0, 0.5, 0.1], ids=["one pair", "half a pair", "few tokens"])
+@pytest.mark.parametrize("share", [1.0, 0.3], ids=["one pair", "few tokens"])
 def test_slabs_change_nothing(share: float, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pair of 90 tokens, 2 heads and 2 reads each at a time, or fewer tokens."""
-    pair = 90 * 2 * 2 * (64 * 4 + triton_slabs._BYTES_PER_READ)
+    """One pair of 70 tokens, 2 heads and 2 reads each at a time, or fewer tokens."""
+    pair = 70 * 2 * 2 * (64 * 4 + triton_slabs._BYTES_PER_READ)
     monkeypatch.setattr(triton_slabs, "SLAB_BYTES", int(share * pair))
     verify(CASES["block 16"], torch.float32, device)
 
@@ -78,11 +78,11 @@ def test_slabs_change_nothing(share: float, device: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("device", ON)
 def test_popular_blocks(device: str) -> None:
     """Every query reads the first block: a list much longer than the others, and empty ones."""
-    case = Case(((160,),), 16, 2, 2, 1, 32)
+    case = Case(((90,),), 16, 2, 2, 1, 32)
     data = inputs(case, device=device)
     routes, chosen = random_routes(case)
-    index = torch.where(torch.arange(160)[:, None] >= 16, 0, -1).expand_as(routes.index).to(torch.int32)
-    chosen = [[[{0} if t >= 16 else set() for t in range(160)] for _ in range(2)]]
+    index = torch.where(torch.arange(90)[:, None] >= 16, 0, -1).expand_as(routes.index).to(torch.int32)
+    chosen = [[[{0} if t >= 16 else set() for t in range(90)] for _ in range(2)]]
     routes = replace(routes, index=index)
     result, reference = (run(case, data, name, routes=routes, grad=True) for name in ("triton", "reference"))
     check(result, oracle(case, data, chosen), reference, "triton")
@@ -90,9 +90,10 @@ def test_popular_blocks(device: str) -> None:
 
 @pytest.mark.parametrize("device", ON)
 def test_the_same_bits_every_time(device: str) -> None:
-    data = inputs(PACKED, device=device)
-    routes, _ = random_routes(PACKED)
-    first, second = (run(PACKED, data, "triton", routes=routes, grad=True) for _ in range(2))
+    case = Case(((60,),), 16, 3, 2, 1, 32)
+    data = inputs(case, device=device)
+    routes, _ = random_routes(case)
+    first, second = (run(case, data, "triton", routes=routes, grad=True) for _ in range(2))
     for a, b in zip(first.tensors, second.tensors, strict=True):
         assert torch.equal(a, b)
 
