@@ -88,6 +88,8 @@ def _layout(
         begin = q_start_tensor.to(q.device, torch.int64).reshape(1)
     if index is None or start is None or not (index.shape[3] and start.shape[1]):
         index = start = None  # nothing is routed
+    else:
+        start = start.to(torch.int32).contiguous()  # a table that all rows share is expanded
     layout = import_module("mobazoo.attention.kernels.triton_slabs").Layout
     return layout(doc, pos, index, start, begin, block_size, k.shape[1], q.shape[2])
 
