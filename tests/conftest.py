@@ -1,5 +1,11 @@
-"""Set before torch loads: waiting threads sleep, because on a shared machine spinning starves the others."""
+"""Set before torch and triton load: waiting threads sleep, because on a shared machine spinning starves the others."""
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+# Our Triton kernels then run on the CPU; what PyTorch compiles does not change.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -17,6 +17,10 @@ SINGLE = (torch.float32,)
 # These compile for every geometry, which takes seconds to minutes: they get the cases of `core` in float32 only.
 COMPILING = ("flex", "flex_routed")
 
+# Interpreted on a CPU, where each case takes seconds: the cases of `core` in float32, marked slow. The default run has
+# the small grid of test_triton.py instead.
+INTERPRETED = ("triton",)
+
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -43,11 +47,12 @@ def on_backends(
         for device in DEVICES:
             for dtype in dtypes:
                 for backend in able(case, dtype, device, grad=grad):
-                    if backend in COMPILING and (name not in core or dtype != torch.float32):
+                    interpreted = backend in INTERPRETED and device == "cpu"
+                    if (backend in COMPILING or interpreted) and (name not in core or dtype != torch.float32):
                         continue
                     if backend == "reference" and not reference:
                         continue
-                    marks = [pytest.mark.gpu] if device == "cuda" else []
+                    marks = [pytest.mark.gpu] if device == "cuda" else [pytest.mark.slow] if interpreted else []
                     ident = f"{name}-{name_of(dtype)}-{backend}-{device}"
                     params.append(pytest.param(case, dtype, backend, device, id=ident, marks=marks))
     return pytest.mark.parametrize("case, dtype, backend, device", params)

@@ -13,14 +13,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mobazoo.attention import Segments, attend
 from tests.factories import Case, Inputs, chosen_by, gate_routes, inputs, oracle, run, segments_of
-from tests.marks import COMPILING, able
+from tests.marks import COMPILING, INTERPRETED, able
 from tests.tolerance import Result, check
 
 # ``aot_eager`` traces forward and backward through the operators' fakes and autograd formulas, and compiles no code.
 TRACER = "aot_eager"
 PATTERNS = {"moba": Case(((90,), (90,)), 7, 3, 4, 2, 16), "full": Case(((90,), (90,)), 0, 1, 4, 2, 16)}
 PACKED = ((-4, 50, 36), (90,))
-BACKENDS = sorted({name for case in PATTERNS.values() for name in able(case, grad=True)} - set(COMPILING))
+BACKENDS = sorted({name for case in PATTERNS.values() for name in able(case, grad=True)} - {*COMPILING, *INTERPRETED})
 LENGTHS = (64, 72, 81, 90, 97, 130)
 MOST_GRAPHS = 3
 

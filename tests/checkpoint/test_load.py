@@ -92,8 +92,8 @@ def test_rules_and_shorthands(single: Path) -> None:
         ({"attention": [{"pattern": "moba"}]}, "pattern moba needs block_size and top_k", InputError),
         ({"attention": [{"kconv": 3}]}, "3 missing: .*k_conv.*come by `mobazoo convert`", InputError),
         (
-            {"attention": [{"backend": "triton"}]},
-            "layer 0: unknown backend 'triton'; known: auto, decode, flash",
+            {"attention": [{"backend": "cutlass"}]},
+            "layer 0: unknown backend 'cutlass'; known: auto, decode, flash",
             InputError,
         ),
         (

@@ -10,7 +10,7 @@ import torch
 from mobazoo.attention import Routes, attend
 from tests.attention.parity.cases import CORE_FULL, CORE_SPARSE, FULL, SPARSE
 from tests.factories import Case, Inputs, chosen_by, gate_routes, inputs, oracle, random_routes, run
-from tests.marks import DTYPES, able, on_backends
+from tests.marks import DTYPES, INTERPRETED, able, on_backends
 from tests.oracle import Attention
 from tests.tolerance import Result, check
 
@@ -116,7 +116,7 @@ def test_gate_and_attention_together(backend: str) -> None:
 
 
 @pytest.mark.parametrize("needed", ["q", "k", "v"])
-@pytest.mark.parametrize("backend", able(SPARSE["whole"], grad=True))
+@pytest.mark.parametrize("backend", sorted({*able(SPARSE["whole"], grad=True)} - {*INTERPRETED}))
 def test_one_gradient_at_a_time(backend: str, needed: str) -> None:
     """Frozen projections ask for some gradients only."""
     case = SPARSE["whole"]
