@@ -126,7 +126,9 @@ def require_tensorboard() -> None:
         UnsupportedError: naming the extra that brings it.
     """
     if find_spec("tensorboard") is None:
-        raise UnsupportedError("train.tensorboard: needs tensorboard, which is not here; pip install 'mobazoo[tensorboard]'")
+        raise UnsupportedError(
+            "train.tensorboard: needs tensorboard, which is not here; pip install 'mobazoo[tensorboard]'"
+        )
 
 
 def _board(folder: Path) -> Any:

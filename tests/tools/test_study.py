@@ -135,7 +135,9 @@ def test_shipped_sizes_and_what_they_need(tmp_path: Path, monkeypatch: pytest.Mo
         study = load_recipe(command.HERE / f"{name}.yaml", [], Study)
         study.check()
         rules = [arm.attention[0] for arm in study.arms.values() if arm.attention]
-        sizes = {rule["block_size"] * rule["top_k"] for rule in rules if rule["pattern"] == "moba" and rule["top_k"] > 1}
+        sizes = {
+            rule["block_size"] * rule["top_k"] for rule in rules if rule["pattern"] == "moba" and rule["top_k"] > 1
+        }
         assert len(sizes) == 1  # equal sparsity
         kinds.append([len(arm.seeds) for arm in study.arms.values()])
     assert kinds[0] == kinds[1]

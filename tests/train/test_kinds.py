@@ -131,7 +131,9 @@ def test_tensorboard_gets_every_line(recipe: Make, tmp_path: Path, monkeypatch: 
     written.Reload()
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = [said for said in lines if "loss" in said]
-    assert {tag for tag in written.Tags()["scalars"] if tag.startswith("train/")} == {f"train/{key}" for key in steps[0]}
+    assert {tag for tag in written.Tags()["scalars"] if tag.startswith("train/")} == {
+        f"train/{key}" for key in steps[0]
+    }
     for key in ("loss", "keys_read"):
         scalars = [(said.step, said.value) for said in written.Scalars(f"train/{key}")]
         assert scalars == [(said["step"], pytest.approx(said[key])) for said in steps]

@@ -7,7 +7,6 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -61,7 +60,9 @@ def words(tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
     Raises:
         InputError: it has fewer.
     """
-    found = [(number, token[1:]) for token, number in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]{3,}", token)]
+    found = [
+        (number, token[1:]) for token, number in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]{3,}", token)
+    ]
     if len(found) < count:
         raise InputError(
             f"study.recall.words: a vocabulary of {len(tokenizer)} has {len(found)} words of one token, and keys and "

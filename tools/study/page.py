@@ -65,12 +65,12 @@ def _lines(study: Study, arms: Mapping[str, Sequence[Result]], drawing: str) -> 
     return [
         "# Does it learn?",
         "",
-        f"Written by `python -m tools.study {shlex.join(sys.argv[1:])}`; the training took {minutes:.1f} minutes in all.",
+        f"Written by `python -m tools.study {shlex.join(sys.argv[1:])}`; training took {minutes:.1f} minutes in all.",
         *(f"Machine: {machine}." for machine in machines),
         "What a study of this size can and cannot show: [README.md](README.md).",
         "",
-        f"{first['parameters']:,} parameters, {first['recipe']['length']} tokens a row. Losses in nats per token on "
-        f"{first['texts']['count']} validation texts; their standard error over texts is at most {least:.3f}. Trailing: "
+        f"{first['parameters']:,} parameters, {first['recipe']['length']} tokens a row. Losses (nats per token) on "
+        f"{first['texts']['count']} validation texts, standard error at most {least:.3f}. Trailing: "
         f"the last {first['recipe']['length'] // 4} positions. Recall: per cent of {first['recall']['asked']} questions "
         f"answered, chance {100 / study.recall.words:.1f}. With several seeds each value is given, and their mean.",
         "",
@@ -119,7 +119,9 @@ def _plot(arms: Mapping[str, Sequence[Result]]) -> str:
         for number, (name, runs) in enumerate(arms.items()):
             buckets = runs[0]["loss"]["by_position"]
             middle = [(bucket["first"] + bucket["last"]) / 2 for bucket in buckets]
-            left.plot(middle, _by_position(runs), label=name, color=f"C{number % 10}", marker="osv^D<>p*Xh"[number % 11])
+            left.plot(
+                middle, _by_position(runs), label=name, color=f"C{number % 10}", marker="osv^D<>p*Xh"[number % 11]
+            )
             shares = [100 * run["recall"]["share"] for run in runs]
             right.barh(name, mean(shares), color=f"C{number % 10}", alpha=0.6)
             right.plot(shares, [name] * len(shares), "k|", markersize=12)
