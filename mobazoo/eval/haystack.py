@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from string import ascii_uppercase, digits
 
@@ -200,7 +201,7 @@ def tracking(depth: float, task: RecallTask, source: Random) -> Hidden:
         if name not in names:
             names.append(name)
     value = _number(source, 5)
-    lines = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:], strict=False))]
+    lines = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in pairwise(names))]
     places = [depth, *sorted(depth + (1 - depth) * source.random() for _ in names[1:])]
     question = f"Question: Which variables hold {value}?\nAnswer: The variables that hold {value} are"
     return Hidden(list(zip(places, lines, strict=True)), question, f" {', '.join(names)}", tuple(names))

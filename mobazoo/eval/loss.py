@@ -57,7 +57,7 @@ def measure_loss(
 
 @torch.no_grad()
 def text_losses(model: MobaForCausalLM, ids: Tensor, batch: int, done: Callable[[int, int], None]) -> Tensor:
-    """Losses of the tokens of ``[texts, length]``: ``[texts, length - 1]`` float32 on the host, ``batch`` texts at a time."""
+    """Losses of the tokens of ``[texts, length]``: ``[texts, length - 1]`` float32 on the host; ``batch`` at a time."""
     parts = []
     for at in range(0, len(ids), batch):
         some = ids[at : at + batch].to(model.device)

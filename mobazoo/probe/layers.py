@@ -148,7 +148,7 @@ def trust(checked: Mapping[str, Any]) -> dict[str, str]:
     gain, error = -said["mean"], said["error"] or 0.0
     level = "high" if gain > 2 * error and 4 * beaten >= 3 * len(drawn) else "some" if gain > error else "low"
     why = (
-        f"on {checked['texts']} texts it was not chosen by, it loses {gain:.4f} ± {error:.4f} nats less than the mean of "
-        f"{len(drawn)} other choices of as many layers, and less than {beaten} of them"
+        f"on {checked['texts']} texts it was not chosen by, it loses {gain:.4f} ± {error:.4f} nats less than the mean "
+        f"of {len(drawn)} other choices of as many layers, and less than {beaten} of them"
     )
     return {"level": level, "why": why}

@@ -51,8 +51,14 @@ def recalls(findings: Findings, plots: Any) -> list[str]:
     for name, found in findings.of("recall").items():
         settings = found["settings"]
         rows = [
-            (setting, cell["task"], str(cell["length"]), f"{cell['depth']:g}")
-            + (f"{cell['score']['mean']:.2f}", f"{cell['loss']['mean']:.3f}")
+            (
+                setting,
+                cell["task"],
+                str(cell["length"]),
+                f"{cell['depth']:g}",
+                f"{cell['score']['mean']:.2f}",
+                f"{cell['loss']['mean']:.3f}",
+            )
             for setting, cells in settings.items()
             for cell in cells
         ]

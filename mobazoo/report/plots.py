@@ -148,7 +148,7 @@ def mass_by_head(layers: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def loss_by_layer(suggested: Mapping[str, Any], name: str) -> str:
-    """Loss change with one layer switched to blocks, with its standard error; layers to leave full in another colour."""
+    """Loss change with one layer switched to blocks, with standard errors; layers to leave full in another colour."""
 
     def draw(axes: Axes) -> None:
         for number, said in enumerate(suggested["layers"]):
@@ -189,7 +189,7 @@ def recall(settings: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> st
 
 
 def _heat_map(axes: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
-    """Shares as the opacity of one colour, so that light and dark and every colour vision read the same; numbers too."""
+    """Shares as the opacity of one colour, so that light, dark and every colour vision read the same; numbers too."""
     picture = np.zeros((*values.shape, 4))
     picture[..., :3], picture[..., 3] = CHOSEN, 0.75 * values.clip(0, 1)  # never so full that letters drown
     axes.imshow(picture, interpolation="none", aspect="auto")

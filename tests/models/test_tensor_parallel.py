@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mobazoo
-from mobazoo.errors import UnsupportedError
+from mobazoo.errors import InputError, UnsupportedError
 from tests.models.tiny import FAMILIES, MOBA, error, ids, ours
 from tests.train.test_many import together
 
@@ -21,7 +21,7 @@ def test_heads_split_over_two_processes(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     tokens = ids(2, 40)
     want = model(tokens).logits
-    generated = model.generate(tokens, do_sample=False, max_new_tokens=6)
+    generated = model.generate(tokens, do_sample=False, max_new_tokens=6, use_cache=False)
     ours(family, [{**MOBA[0], "kconv": 3}]).save_pretrained(tmp_path / "kconv")
 
     def split() -> None:
@@ -29,7 +29,9 @@ def test_heads_split_over_two_processes(family: str, tmp_path: Path) -> None:
         shares = [layer.self_attn.k_proj(torch.zeros(1, 48)).shape[-1] for layer in half.model.layers]
         assert shares == [model.model.layers[0].self_attn.head_dim] * 3  # one of two key heads
         assert error(half(tokens).logits, want) < 1e-5
-        assert torch.equal(half.generate(tokens, do_sample=False, max_new_tokens=6), generated)
+        assert torch.equal(half.generate(tokens, do_sample=False, max_new_tokens=6, use_cache=False), generated)
+        with pytest.raises(InputError, match="holds 1 key heads"):
+            half.generate(tokens, do_sample=False, max_new_tokens=6)
         with pytest.raises(UnsupportedError, match="kconv: its weights are not split over processes"):
             AutoModelForCausalLM.from_pretrained(tmp_path / "kconv", tp_plan="auto")(tokens)
 

@@ -87,7 +87,7 @@ def test_data_is_the_users() -> None:
         ({"top_k": [1, 2]}, "probe.top_k: want numbers >= 2, got [1, 2]"),
         (
             {"block_sizes": [32], "suggest": None},
-            "probe.length: every setting reads a text of 64 tokens whole; give more than block_size * top_k = 64 tokens",
+            "probe.length: every setting reads a text of 64 tokens whole; give more than block_size * top_k = 64",
         ),
         ({"suggest": Suggest(32, 2)}, "probe.suggest: block_size 32 and top_k 2 read a text of 64 tokens whole"),
         ({"suggest": Suggest(8, 1)}, "probe.suggest.top_k: want a number >= 2, got 1"),

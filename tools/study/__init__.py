@@ -1,1 +1,1 @@
-"""Does MoBA learn? Several attentions trained on the same data, compared in one table: ``python -m tools.study cpu``."""
+"""Does MoBA learn? Several attentions trained on the same data, compared: ``python -m tools.study cpu``."""

@@ -65,14 +65,14 @@ def _lines(study: Study, arms: Mapping[str, Sequence[Result]], drawing: str) -> 
     return [
         "# Does it learn?",
         "",
-        f"Written by `python -m tools.study {shlex.join(sys.argv[1:])}`; the training took {minutes:.1f} minutes in all.",
+        f"Written by `python -m tools.study {shlex.join(sys.argv[1:])}`; training took {minutes:.1f} minutes in all.",
         *(f"Machine: {machine}." for machine in machines),
         "What a study of this size can and cannot show: [README.md](README.md).",
         "",
-        f"{first['parameters']:,} parameters, {first['recipe']['length']} tokens a row. Losses in nats per token on "
-        f"{first['texts']['count']} validation texts; their standard error over texts is at most {least:.3f}. Trailing: "
-        f"the last {first['recipe']['length'] // 4} positions. Recall: per cent of {first['recall']['asked']} questions "
-        f"answered, chance {100 / study.recall.words:.1f}. With several seeds each value is given, and their mean.",
+        f"{first['parameters']:,} parameters, {first['recipe']['length']} tokens a row. Losses (nats per token) on "
+        f"{first['texts']['count']} validation texts, standard error at most {least:.3f}. Trailing: "
+        f"the last {first['recipe']['length'] // 4} positions. Recall: per cent of {first['recall']['asked']} "
+        f"questions answered, chance {100 / study.recall.words:.1f}. With several seeds each value is given, and their mean.",
         "",
         *_table(("attention", "keys read", "seeds", "loss", "trailing loss", "recall"), rows),
         "",
