@@ -71,7 +71,7 @@ def _lines(study: Study, arms: Mapping[str, Sequence[Result]], drawing: str) -> 
         "",
         f"{first['parameters']:,} parameters, {first['recipe']['length']} tokens a row. Losses (nats per token) on "
         f"{first['texts']['count']} validation texts, standard error at most {least:.3f}. Trailing: "
-        f"the last {first['recipe']['length'] // 4} positions. Recall: per cent of {first['recall']['asked']} questions "
+        f"the last {first['recipe']['length'] // 4} positions. Recall: % of {first['recall']['asked']} questions "
         f"answered, chance {100 / study.recall.words:.1f}. With several seeds each value is given, and their mean.",
         "",
         *_table(("attention", "keys read", "seeds", "loss", "trailing loss", "recall"), rows),
