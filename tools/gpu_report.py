@@ -18,10 +18,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_shapes import SHAPES, Run, Shape, by_blocks, full, gate, inputs, verify
 from torch import Tensor
 
-from mobazoo.results import command, machine, write_whole
+from mobazoo.files import write_whole
+from mobazoo.results import command, machine
+from tools.gpu_shapes import SHAPES, Run, Shape, by_blocks, full, gate, inputs, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("tests", *SHAPES)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mobazoo._version import __version__
 from mobazoo.config.recipe import plain
-from mobazoo.results import write_whole
+from mobazoo.files import write_whole
 
 
 class Parts:

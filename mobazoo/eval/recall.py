@@ -104,7 +104,7 @@ def _replies(model: MobaForCausalLM, tokenizer: PreTrainedTokenizerBase, questio
     """What the model writes after each prompt; all prompts are equally long, so there is no padding."""
     ids = torch.tensor([question.prompt for question in questions], device=model.device)
     new = max(len(question.reply) for question in questions) + _SPARE
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     out: Tensor = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

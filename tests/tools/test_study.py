@@ -24,7 +24,7 @@ SMALL = [
     "documents=3",
     "recall={share: 0.3, facts: 3, words: 8, documents: 3}",
     "train={model: llama-tiny, config: {vocab_size: 600, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2,"
-    " head_dim: 8}, length: 128, batch: 2, steps: 4, learning_rate: 1.0e-2, device: cpu}",
+    " head_dim: 8}, length: 128, batch: 2, steps: 6, learning_rate: 1.0e-2, device: cpu}",
     "gain={fall: -9, trailing: -9, recall: -2}",
 ]
 # Blocks for rows of 128.
@@ -65,7 +65,7 @@ def test_the_whole_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr().err.count("done before") == 11
     assert (tmp_path / "page.md").read_text() == written
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.*")} == made
-    # Nothing is learned in four steps, which the shipped bounds see before a third arm is trained.
+    # Nothing is learned in six steps, which the shipped bounds see before a third arm is trained.
     (tmp_path / "page.md").unlink()
     assert command.main([*given, "gain={}"]) == 2
     said = capsys.readouterr().err

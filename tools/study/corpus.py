@@ -15,7 +15,7 @@ from mobazoo.config.tokenizer import TokenizerRecipe
 from mobazoo.data.bpe import train_tokenizer
 from mobazoo.data.documents import read_documents
 from mobazoo.errors import InputError
-from mobazoo.results import write_whole
+from mobazoo.files import write_whole
 from tools.study.recipe import Study
 
 _TRIES = 50

@@ -15,7 +15,7 @@ from typing import Any
 
 from mobazoo.config.recipe import to_yaml
 from mobazoo.errors import UnsupportedError
-from mobazoo.results import write_whole
+from mobazoo.files import write_whole
 from tools.study.recipe import Study
 
 Result = Mapping[str, Any]
@@ -72,7 +72,8 @@ def _lines(study: Study, arms: Mapping[str, Sequence[Result]], drawing: str) -> 
         f"{first['parameters']:,} parameters, {first['recipe']['length']} tokens a row. Losses (nats per token) on "
         f"{first['texts']['count']} validation texts, standard error at most {least:.3f}. Trailing: "
         f"the last {first['recipe']['length'] // 4} positions. Recall: per cent of {first['recall']['asked']} "
-        f"questions answered, chance {100 / study.recall.words:.1f}. With several seeds each value is given, and their mean.",
+        f"questions answered, chance {100 / study.recall.words:.1f}. "
+        "With several seeds each value is given, and their mean.",
         "",
         *_table(("attention", "keys read", "seeds", "loss", "trailing loss", "recall"), rows),
         "",
