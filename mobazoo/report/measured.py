@@ -71,7 +71,11 @@ def recalls(findings: Findings, plots: Any) -> list[str]:
         parts.append(
             section(
                 "Found in long texts",
-                figure(plots.recall(settings, f"recall-{name}"), f"Heat maps of recall: {', '.join(means)}.", caption),
+                figure(
+                    plots.recall(settings, f"recall-{name}"),
+                    f"Heat maps of what was found in long texts, by length and depth: {', '.join(means)}.",
+                    caption,
+                ),
                 more("the numbers", table(header, rows)),
             )
         )

@@ -249,5 +249,6 @@ def _svg(figure: Figure, name: str) -> str:
     text = re.sub(r" ?font-family: [^;]*;", "", text)  # the page's own
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
+    text = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", text)  # nothing refers to them, and equal pictures share one
     text = re.sub(r'\bid="', f'id="{name}-', text)
     return text.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
