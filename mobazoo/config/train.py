@@ -190,7 +190,7 @@ class TrainRecipe:
         if self.lora is not None:
             require("peft", "train.lora", "mobazoo[lora]")
         if self.tensorboard:
-            require("tensorboard", "train.tensorboard", "tensorboard")
+            require("tensorboard", "train.tensorboard", "mobazoo[tensorboard]")
         for data in (self.data, self.validation):
             if data is not None:
                 data.require()

@@ -88,6 +88,8 @@ def test_ctrl_c_leaves_with_130_and_no_traceback() -> None:
         "def wait(package): print('ready', flush=True); time.sleep(60)\n"
         "verb.shipped = wait; sys.argv = ['mobazoo', 'recipes']; import mobazoo.cli; mobazoo.cli.main()"
     )
+    # A shell without job control starts background jobs with the signal ignored, and children inherit that.
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"

@@ -14,7 +14,9 @@ from tests.models.tiny import FAMILIES, MOBA, error, ids, ours
 from tests.train.test_many import together
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "llama")]
+)
 def test_heads_split_over_two_processes(family: str, tmp_path: Path) -> None:
     mobazoo.register()
     model = ours(family, MOBA)
