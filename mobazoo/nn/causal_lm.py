@@ -217,5 +217,6 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
 
 
 def _check_kind(kind: str | None) -> None:
-    if kind is not None and kind not in CACHES:
+    # transformers asks for dynamic_full where it would need a cache that keeps every key: ours always does.
+    if kind not in (None, "dynamic_full", *CACHES):
         raise UnsupportedError(f"cache_implementation={kind!r}: zoo models know {', '.join(CACHES)}; take one of them")
