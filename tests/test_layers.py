@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 ATTENTION: tuple[tuple[str, ...], ...] = (
     ("mobazoo.attention.pattern", "mobazoo.attention"),
-    ("mobazoo.attention.heap",),
+    ("mobazoo.attention.heap", "mobazoo.attention.lanes"),
     ("mobazoo.attention.segments",),
     ("mobazoo.attention.blocks",),
     ("mobazoo.attention.routing",),

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from mobazoo.attention.kernels import providers, varlen
 from mobazoo.attention.kernels.fit import Fitted, Provider
+from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.kernels.sequences import Sequences
 from mobazoo.errors import InputError, UnsupportedError
 from tests.attention import fake_flash_attn
-from tests.attention.test_varlen import Case, layout_of, routes_of, segments_of, tensors_of
+from tests.attention.test_varlen import Case, routes_of, segments_of, tensors_of
 from tests.attention.varlen_stub import Stub
 
 CASES = (
@@ -38,7 +39,7 @@ def one_thread() -> Iterator[None]:
 def run(case: Case, provider: Provider) -> tuple[Tensor, ...]:
     q, k, v, dout = (x.bfloat16() for x in tensors_of(case))
     segments = segments_of(case.rows)
-    layout = layout_of(case, segments, routes_of(case, q, k, segments))
+    layout = Layout.of(segments, routes_of(case, q, k, segments), case.q_start)
     out, lse = varlen.forward(q, k, v, layout, 0.3, provider)
     return out, lse, *varlen.backward(dout, q, k, v, out, lse, layout, 0.3, provider)
 

@@ -16,8 +16,8 @@ from mobazoo.attention.routing import Routes
 from mobazoo.attention.segments import Segments
 
 _PLAIN = (
-    "Tensor? index, Tensor? start, Tensor doc, Tensor pos, int q_start, Tensor? q_start_tensor, int block_size, "
-    "float scale, int max_docs, int max_len, bool whole, str provider"
+    "Tensor? index, Tensor? start, Tensor doc, Tensor pos, SymInt q_start, Tensor? q_start_tensor, SymInt block_size, "
+    "float scale, SymInt max_docs, SymInt max_len, bool whole, str provider"
 )
 
 
@@ -79,12 +79,10 @@ def operator(name: str, forward: Forward, backward: Backward) -> Callable[..., T
         provider: str = "",
     ) -> Tensor:
         at = (0, q_start) if isinstance(q_start, Tensor) else (q_start, None)
-        told = Layout.of(segments, routes, q_start)
-        known = (told.max_docs, told.max_len, told.whole)
+        index, start, block_size = (routes.index, routes.start, routes.block_size) if routes else (None, None, 0)
+        doc, pos, known = segments.doc, segments.pos, (segments.max_docs, segments.max_len, segments.whole)
         q, k, v = dense(q, k, v)
-        out, _ = forward_op(
-            q, k, v, told.index, told.start, told.doc, told.pos, *at, told.block_size, scale, *known, provider
-        )
+        out, _ = forward_op(q, k, v, index, start, doc, pos, *at, block_size, scale, *known, provider)
         return out
 
     return attend
