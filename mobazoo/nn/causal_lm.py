@@ -86,6 +86,11 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
             head: Tensor = self.lm_head.weight
             if isinstance(head, DTensor):  # split by tensor parallelism; FSDP2 has gathered it here
                 head = head.full_tensor()
+            if head.shape[0] != self.config.vocab_size:
+                raise UnsupportedError(
+                    "loss_only: tensor parallelism of this transformers does not say where the rest of the head is; "
+                    "leave it out, or take 5.23"
+                )
             alone = head_loss(outputs.last_hidden_state, head, labels, num_items_in_batch, self.model.sequence)
             result = CausalLMOutputWithPast(
                 loss=alone, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states

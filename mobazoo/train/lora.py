@@ -58,6 +58,9 @@ def read_adapter(folder: Path, model: nn.Module) -> None:
 
 
 def merged(model: Any) -> MobaForCausalLM:
-    """The model with its adapters added into its weights."""
+    """The model with its adapters added into its weights, none of which is frozen any more.
+
+    Every process must ask where weights are sharded.
+    """
     whole: MobaForCausalLM = model.merge_and_unload()
-    return whole
+    return whole.requires_grad_(True)

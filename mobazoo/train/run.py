@@ -143,14 +143,14 @@ class _Job:
         held_out = _rows(recipe, setup, self.progress, validation=True) if recipe.validation else None
         model = make_model(setup, recipe, self.progress, None if recipe.lora else resumed)
         share_rows(model, recipe.sequence)
-        if is_launched() and recipe.shard:
-            shard(model, self.args.device)
         trained: nn.Module = model
         if recipe.lora is not None:
             torch.manual_seed(recipe.seed)
             trained = adapted(model, recipe.lora)
             if resumed is not None:
                 read_adapter(resumed, trained)
+        if is_launched() and recipe.shard:
+            shard(model, self.args.device)
         switch = Switch(setup.schedule, model, self._say_stage)
         metrics = Metrics(
             recipe,
@@ -186,9 +186,9 @@ class _Job:
             )
         if held_out is not None and watch.last is None:  # killed between the last step and here
             watch.measure(self.args, trainer.state.global_step)
-        weights = None if recipe.lora else whole_weights(model)
         if recipe.lora is not None:
             model = merged(trained)
+        weights = whole_weights(model)
         if self.args.process_index == 0:
             plain = setup.family if recipe.to == "hf" else None
             export(

@@ -49,12 +49,12 @@ def same(one: Path, two: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if SIGTERM came during that step."""
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, rank: int | None = None) -> None:
+    """As if SIGTERM came during that step, to one process or to all."""
     real = engine.Saver.on_step_end
 
     def on_step_end(self: engine.Saver, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
-        if state.global_step == step:
+        if state.global_step == step and rank in (None, args.process_index):
             os.kill(os.getpid(), signal.SIGTERM)
         real(self, args, state, control, **given)
 
