@@ -21,6 +21,7 @@ from mobazoo.config.train import TrainRecipe
 from mobazoo.data.collate import Collator
 from mobazoo.data.documents import read_documents
 from mobazoo.data.rows import Row, Rows
+from mobazoo.data.source import find_files
 from mobazoo.data.stream import Stream
 from mobazoo.data.tokens import tokenize
 from mobazoo.errors import Stopped
@@ -88,6 +89,7 @@ def plan_train(recipe: TrainRecipe) -> TrainPlan:
     """
     recipe.require()
     setup = prepare(recipe)
+    _check_files(recipe)
     free_place(recipe.dest, recipe.overwrite)
     return _plan(recipe, setup)
 
@@ -107,6 +109,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None, log: Log | None
     started = monotonic()
     recipe.require()
     setup = prepare(recipe)
+    _check_files(recipe)
     dest = free_place(recipe.dest, recipe.overwrite)
     work = dest.with_name(f"{dest.name}.training")
     args = arguments(recipe, work)
@@ -270,6 +273,12 @@ def agreed(value: Path | None) -> Path | None:
 
 def _silent(line: str) -> None:
     """Other processes than the first say nothing."""
+
+
+def _check_files(recipe: TrainRecipe) -> None:
+    for data in (recipe.data, recipe.validation):
+        if data is not None and data.format != "hub":
+            find_files(data)
 
 
 def _plan(recipe: TrainRecipe, setup: Setup) -> TrainPlan:

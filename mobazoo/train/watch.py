@@ -48,4 +48,5 @@ class Evaluation(TrainerCallback):
         if rank == 0:
             self.metrics.write({"step": step, "validation": asdict(self.last)})
         trailing = "" if self.last.trailing is None else f", trailing {self.last.trailing:.4f}"
-        self.log(f"step {step}: validation loss {self.last.loss:.4f}{trailing}")
+        places = ", ".join(f"{where} {loss:.4f}" for where, loss in self.last.by_position.items())
+        self.log(f"step {step}: validation loss {self.last.loss:.4f}{trailing}; by position {places}")

@@ -45,7 +45,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(dest)
 
 
-def small(tokenizer: str, folder: Path, **fields: Any) -> TrainRecipe:
+def small(tokenizer: str, folder: Path, /, **fields: Any) -> TrainRecipe:
     """A recipe of a few steps."""
     given: dict[str, Any] = {
         "model": "llama-tiny",
