@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,8 @@ from torch.nn.functional import cross_entropy, pad
 
 from mobazoo.data.collate import IGNORED, Collator
 from mobazoo.data.rows import Rows
+from mobazoo.data.tokens import Progress
 from mobazoo.nn.causal_lm import MobaForCausalLM
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mobazoo.checkpoint.staging import named_errors
 from mobazoo.config.train import TrainRecipe
+from mobazoo.data.tokens import Progress
 from mobazoo.files import write_whole
 
 Log = Callable[[str], None]
-Progress = Callable[[str, int, int], None]
 
 
 class Metrics(TrainerCallback):

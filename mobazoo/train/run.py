@@ -23,12 +23,12 @@ from mobazoo.data.documents import read_documents
 from mobazoo.data.rows import Row, Rows
 from mobazoo.data.source import find_files
 from mobazoo.data.stream import Stream
-from mobazoo.data.tokens import tokenize
+from mobazoo.data.tokens import Progress, tokenize
 from mobazoo.errors import Stopped
 from mobazoo.explain import groups
 from mobazoo.train.checkpoints import STATE, check_identity, clear, newest, owned, step_of
 from mobazoo.train.engine import Finite, Runner, Saver, arguments
-from mobazoo.train.evaluate import Losses, Progress
+from mobazoo.train.evaluate import Losses
 from mobazoo.train.export import export, write_model
 from mobazoo.train.lora import adapted, merged, read_adapter, write_adapter
 from mobazoo.train.metrics import Log, Metrics

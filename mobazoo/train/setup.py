@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,12 +23,11 @@ from mobazoo.config.models import ModelEntry, model_entry, model_names
 from mobazoo.config.recipe import plain
 from mobazoo.config.rules import Rule
 from mobazoo.config.train import TrainRecipe
+from mobazoo.data.tokens import Progress
 from mobazoo.errors import InputError
 from mobazoo.nn.causal_lm import MobaForCausalLM
 from mobazoo.train.lora import check_targets
 from mobazoo.train.schedule import AttentionSchedule, Rules
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

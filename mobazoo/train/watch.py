@@ -10,8 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mobazoo.config.train import TrainRecipe
 from mobazoo.data.rows import Rows
+from mobazoo.data.tokens import Progress
 from mobazoo.nn.causal_lm import MobaForCausalLM
-from mobazoo.train.evaluate import Losses, Progress, evaluate
+from mobazoo.train.evaluate import Losses, evaluate
 from mobazoo.train.metrics import Log, Metrics
 
 
