@@ -62,9 +62,8 @@ def arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
         "dataloader_pin_memory": recipe.device != "cpu" and torch.cuda.is_available(),
         "accelerator_config": {"use_seedable_sampler": False, "even_batches": True},
     }
-    if is_launched():
-        if recipe.device == "cpu":
-            given |= {"ddp_backend": "gloo"}
+    if is_launched() and recipe.device == "cpu":
+        given |= {"ddp_backend": "gloo"}
     args = TrainingArguments(**given)
     if args.n_gpu > 1:
         raise InputError(

@@ -105,7 +105,9 @@ def test_two_processes_are_as_one(shard: bool, recipe: Make, tmp_path: Path, mon
     assert [path.name for path in (tmp_path / "four.training").glob("step-*")] == ["step-00000003"]
     said: list[str] = []
     train(recipe(**fields, dest=str(tmp_path / "four")), log=said.append)
-    assert any("of 2 processes, here are 1: it goes on with the same rows, but not bit for bit" in line for line in said)
+    assert any(
+        "of 2 processes, here are 1: it goes on with the same rows, but not bit for bit" in line for line in said
+    )
     torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "four"), atol=2e-4, rtol=2e-4)
     ids = torch.arange(3, 60)[None]
     want, *others = (mobazoo.load(tmp_path / name, check_sums=True)(ids).logits for name in ("one", "two", "four"))
@@ -139,7 +141,9 @@ def test_sharded_adapters_are_as_whole_ones(
     together(work)
     torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=2e-4, rtol=2e-4)
     assert same(tmp_path / "three", tmp_path / "two")
-    before, one, two = (load_file(path / "model.safetensors") for path in (plain_run, tmp_path / "one", tmp_path / "two"))
+    before, one, two = (
+        load_file(path / "model.safetensors") for path in (plain_run, tmp_path / "one", tmp_path / "two")
+    )
     for name, tensor in one.items():
         learned = "q_proj" in name or "up_proj" in name
         assert [torch.equal(before[name], other) for other in (tensor, two[name])] == [not learned] * 2

@@ -134,7 +134,10 @@ def test_nan_stops_the_run(recipe: Make, plain_run: Path, tmp_path: Path) -> Non
         ({"data": Data("nowhere")}, "data.path: nowhere: no such file or folder"),
         ({"validation": Data("nowhere", format="jsonl")}, "data.path: nowhere: no such file or folder"),
         ({"data": Data("nowhere", format="jsonl", messages="m")}, "train.tokenizer: has no chat template"),
-        ({"lora": Lora(targets=["lm_head"])}, "train.lora.targets: no projection is called 'lm_head'; known: down_proj"),
+        (
+            {"lora": Lora(targets=["lm_head"])},
+            "train.lora.targets: no projection is called 'lm_head'; known: down_proj",
+        ),
         ({"lora": Lora(rank=0)}, "train.lora: want rank >= 1"),
         ({"model": "nowhere", "config": {}}, "nowhere: no such folder"),
     ],
