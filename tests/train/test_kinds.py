@@ -111,7 +111,7 @@ def test_prompts_are_not_learned(recipe: Make, tokenizer: str, tmp_path: Path) -
     losses = {}
     for name in ("one", "two"):
         data = Data(str(tmp_path / f"{name}.jsonl"), format="jsonl", messages="m")
-        report = train(recipe(data=data, tokenizer=str(tmp_path / "chat"), steps=25, overwrite=True, batch=1))
+        report = train(recipe(data=data, tokenizer=str(tmp_path / "chat"), steps=40, overwrite=True, batch=1))
         losses[name] = report.loss
         model = mobazoo.load(tmp_path / "out")
         ids = loaded.apply_chat_template(
