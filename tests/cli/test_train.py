@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.run import get_args_parser
+from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from mobazoo.cli import app
@@ -20,6 +22,8 @@ from mobazoo.train.setup import prepare
 from tests.train.test_resume import stop_after
 
 TRAIN = {name: source for name, source in shipped(RECIPES).items() if name.startswith("train/")}
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
 GIVEN = {"model": "org/model", "tokenizer": "org/tokenizer", "dest": "there", "data.path": "org/data"}
 
 
@@ -57,6 +61,24 @@ def test_shipped_runs_fit_their_models(name: str, tokenizer: str) -> None:
     setup = prepare(verb.resolve(name, given(TRAIN[name].text, tokenizer=tokenizer)))
     assert setup.random
     assert setup.parameters > 10**6
+
+
+@pytest.mark.slow
+def test_small_recipes_run(tokenizer: str, tmp_path: Path) -> None:
+    """Each at its own size, for a few rows."""
+    AutoTokenizer.from_pretrained(tokenizer, chat_template=TEMPLATE).save_pretrained(tmp_path / "chat")
+    chat = [{"role": "user", "content": "one plus one?"}, {"role": "assistant", "content": "two"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    small = [name.removeprefix("train/") for name in TRAIN if name.startswith("train/tiny-")]
+    own = {"model": str(tmp_path / "tiny-moba"), "tokenizer": tokenizer, "data.path": str(tmp_path / "chats.jsonl")}
+    for name in sorted(small, key=lambda name: name != "tiny-moba"):  # what the others may go on from comes first
+        text = TRAIN[f"train/{name}"].text
+        words = given(text, **own)
+        words += [f"tokenizer={tmp_path / 'chat'}"] if name == "tiny-sft" else ["data.max_documents=40"]
+        words += ["validation.max_documents=3"] if "\nvalidation:" in text else []
+        done = call("train", name, *words, f"dest={tmp_path / name}", "tokens=null", "steps=10", "batch=1")
+        assert done.exit_code == 0, done.output
+        assert f"wrote {tmp_path / name}: 10 steps" in done.stdout
 
 
 def test_documented_launches_are_torchruns() -> None:

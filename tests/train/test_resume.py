@@ -102,7 +102,7 @@ def test_sigkill_at_random_points_loses_no_more_than_the_last_steps(
     saving: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    fields = {"steps": 12, "checkpoint_every": 1, "keep": 3}
+    fields = {"steps": 8, "checkpoint_every": 1, "keep": 3}
     whole = saving(**fields, dest=str(tmp_path / "whole"))
     begin = time.monotonic()
     train(whole)
