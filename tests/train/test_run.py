@@ -21,7 +21,7 @@ from mobazoo.data.rows import Rows
 from mobazoo.data.tokens import Tokens
 from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.train import engine, plan_train, run, train
-from mobazoo.train.evaluate import summary
+from mobazoo.train.evaluate import evaluate, summary
 from mobazoo.train.order import Order
 
 from .conftest import HELD_OUT, metrics
@@ -194,6 +194,24 @@ def test_every_row_comes_once_before_any_comes_again() -> None:
     assert starts[:7] != starts[7:14]
     again = Order(Rows(tokens, 10), 21, seed=1)
     assert [int(again[i].ids[0]) // 10 for i in reversed(range(21))] == starts[::-1]
+
+
+def test_logits_of_a_validation_are_made_in_pieces(plain_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mobazoo.load(plain_run)
+    tokens = Tokens(torch.arange(3, 103, dtype=torch.int32), torch.ones(100, dtype=torch.bool), (100,), ("",))
+    rows = Rows(tokens, 32)
+    whole = evaluate(model, rows, 4, torch.device("cpu"))
+    monkeypatch.setattr("mobazoo.train.evaluate.PIECE", 4 * 300 * 7)
+    seen: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[..., 0].numel()))
+    pieces = evaluate(model, rows, 4, torch.device("cpu"))
+    hook.remove()
+    assert max(seen) == 7
+    assert pieces.tokens == whole.tokens == 96
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-6)
+    ids = tokens.ids.long()
+    alone = [model(piece[None], labels=piece[None]).loss.item() * (len(piece) - 1) for piece in ids.split(32)]
+    assert whole.loss == pytest.approx(sum(alone) / 96, rel=1e-5)
 
 
 def test_losses_by_position() -> None:
