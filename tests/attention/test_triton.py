@@ -108,9 +108,10 @@ def test_operator_is_what_it_says(sparse: bool) -> None:
     # [B, T, H, D] in memory, so that a fake which keeps strides shows
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs(case).qkv]
     table = (routes.index, routes.start) if routes else (None, None)
+    bounds = (segments.max_docs, segments.max_len, segments.whole)
     torch.library.opcheck(
         torch.ops.mobazoo.triton.default,
-        (*tensors, *table, segments.doc, segments.pos, 0, None, case.block_size, 0.25),
+        (*tensors, *table, segments.doc, segments.pos, 0, None, case.block_size, 0.25, *bounds, ""),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
