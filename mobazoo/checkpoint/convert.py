@@ -89,13 +89,13 @@ def convert(recipe: ConvertRecipe, progress: Progress | None = None) -> ConvertR
         check_memory(job.folder, job.family)
     verified = None
     with staged(dest, replace=recipe.overwrite) as new:
-        counts = write_shards(job.folder, job.plan, new, _counter(progress, "write", job.plan.nbytes))
+        counts = write_shards(job.folder, job.plan, new, _Counter(progress, "write", job.plan.nbytes))
         copy_small(job.folder.path, new)
         if recipe.rope is not None:
             raise_limit(new, job.config["max_position_embeddings"])
         write_json(new / CONFIG, job.config)
         total = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
-        write_manifest(new, _counter(progress, "sums", total))
+        write_manifest(new, _Counter(progress, "sums", total))
         if recipe.verify:
             verified = verify_folders(job.folder, open_folder(new), progress)
     tensors = sum(len(shard.pieces) for shard in job.plan.shards)
@@ -173,7 +173,9 @@ def _room(plan: Plan, dest: Path) -> None:
         raise InputError(f"{dest}: disk full: {need:,} bytes to write, {free:,} free; choose another dest")
 
 
-class _counter:  # noqa: N801  (a callable with a running sum)
+class _Counter:
+    """A running sum of bytes, told to a ``Progress``."""
+
     def __init__(self, progress: Progress | None, stage: str, total: int) -> None:
         self.progress, self.stage, self.total, self.sum = progress, stage, total, 0
 

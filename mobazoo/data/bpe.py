@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from mobazoo.checkpoint.place import free_place
 from mobazoo.checkpoint.staging import staged
 from mobazoo.config.tokenizer import TokenizerRecipe
-from mobazoo.data.documents import Document, read_documents
+from mobazoo.data.documents import read_documents
+from mobazoo.data.source import Document
 from mobazoo.data.tokens import Progress
 from mobazoo.errors import InputError
 

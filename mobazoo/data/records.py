@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mobazoo.config.data import Data
-from mobazoo.data.documents import Document, find_files
+from mobazoo.data.source import Document, find_files
 from mobazoo.errors import InputError
 
 _BATCH = 1024
@@ -54,10 +54,13 @@ def _chat(name: str, value: Any) -> tuple[dict[str, Any], ...]:
 
 def _jsonl(data: Data) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for name, path in find_files(data):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{name}:{number}", _parsed(line, path, number)
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{name}:{number}", _parsed(line, path, number)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _parsed(line: bytes, path: Path, number: int) -> Mapping[str, Any]:
@@ -93,7 +96,7 @@ def _hub(data: Data) -> Iterator[tuple[str, Mapping[str, Any]]]:
         rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
             data.path, data.subset, split=data.part, revision=data.revision, streaming=data.streaming
         )
+        for number, row in enumerate(rows, 1):  # of a stream, what is damaged or out of reach shows here
+            yield f"{data.path}:{number}", row
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"data.path: {data.path}: {' '.join(str(error).split())[:200]}") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{data.path}:{number}", row

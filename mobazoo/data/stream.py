@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from mobazoo.data.documents import Document
 from mobazoo.data.rows import Row, Rows
+from mobazoo.data.source import Document
 from mobazoo.data.tokens import Tokens, encoded
 from mobazoo.errors import InputError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mobazoo.data.documents import Document
+from mobazoo.data.source import Document
 from mobazoo.errors import InputError
 
 Progress = Callable[[str, int, int], None]  # what is done, how much, of how much (0: unknown)
 _AT_ONCE = 64
+_MARKED = re.compile(r"\{%-?\s*generation\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,9 @@ def chat(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[list[i
     if not tokenizer.chat_template:
         raise InputError("tokenizer: has no chat template, which data.messages needs")
     messages: list[dict[str, Any]] = list(document.messages)
+    if tokenizer.is_fast and _MARKED.search(tokenizer.get_chat_template()):
+        said: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        return list(said["input_ids"]), bytes(said["assistant_masks"])
 
     def written(upto: int, prompt: bool) -> list[int]:
         result: Any = tokenizer.apply_chat_template(messages[:upto], add_generation_prompt=prompt, return_dict=True)

@@ -10,6 +10,7 @@ from mobazoo.attention import Centroids, Full, MoBA, Pattern, attend, route
 from mobazoo.attention.backends import decode
 from mobazoo.attention.routing import query_slots
 from mobazoo.config.rules import LayerAttention
+from mobazoo.errors import UnsupportedError
 from mobazoo.nn.cache import MobaCache
 from mobazoo.nn.geometry import Geometry
 from mobazoo.nn.kconv import KeyConv
@@ -68,7 +69,7 @@ class Attention(nn.Module):
 
         A ``cache`` gives a key convolution the raw keys before these, and keeps these.
         """
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k, v = (self._heads(part) for part in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
         q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))  # [B, H, T, D]
         own = slice(None)
         if geometry.sequence is not None:
@@ -80,6 +81,14 @@ class Attention(nn.Module):
         q = rotate(q, geometry.cos[:, :, own], geometry.sin[:, :, own])
         k = rotate(k, geometry.cos, geometry.sin)
         return q.to(v.dtype), k.to(v.dtype), v  # autocast leaves norms and rotation in float32
+
+    def _heads(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % self.head_dim:
+            raise UnsupportedError(
+                f"tensor parallelism: {self.config.num_key_value_heads} key heads do not divide over the processes; "
+                "take a number of them that does"
+            )
+        return x.unflatten(-1, (-1, self.head_dim))
 
     @staticmethod
     def _learnable(

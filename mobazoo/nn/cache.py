@@ -53,12 +53,13 @@ class MobaCache(Cache):
         self.decode_from: int | None = None
         self.rows: Rows | None = None
 
-    def check(self, config: PreTrainedConfig, kconv: tuple[int, ...], batch: int, new: int) -> None:
-        """Refuses a cache that is not this model's, and tokens it has no room for, before anything changes.
+    def check(self, kconv: tuple[int, ...], batch: int, new: int) -> None:
+        """Refuses a cache of a model with other layers, and tokens it has no room for, before anything changes.
+
+        Key heads are looked at where keys arrive: of a model that is split over processes each has a part of them.
 
         Args:
-            config: of the model.
-            kconv: width of the key convolution of each of its layers.
+            kconv: width of the key convolution of each of the model's layers.
             batch: rows of the input.
             new: tokens of a row.
 
@@ -76,7 +77,7 @@ class MobaCache(Cache):
                     f"past_key_values: layer {number} is made for kconv {layer.kconv}, the model has {width}; "
                     "it is another model's cache"
                 )
-            layer.check(batch, config.num_key_value_heads, config.head_dim, new)
+            layer.check(batch, new)
 
     def begin(self, rows: Rows, past: int | Tensor, device: torch.device) -> None:
         """Takes note of where rows begin and end, from the mask of all tokens so far.

@@ -112,21 +112,14 @@ class MobaCacheLayer(CacheLayerMixin):
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
 
-    def check(self, batch: int, heads: int, dim: int, new: int) -> None:
-        """Refuses tokens that do not belong here, before anything changes.
+    def check(self, batch: int, new: int) -> None:
+        """Refuses tokens that there is no place for, before anything changes.
 
         Raises:
-            InputError: other rows, heads or head dim than the cache holds, or more tokens than it has slots.
+            InputError: other rows than the cache holds, or more tokens than it has slots.
         """
-        if self._kv is not None:
-            have = self._kv[0].shape
-            if (have[1], have[3]) != (heads, dim):
-                raise InputError(
-                    f"past_key_values: holds {have[1]} key heads of dim {have[3]}, the model has {heads} of {dim}; "
-                    "it is another model's cache"
-                )
-            if have[0] != batch and self.get_seq_length():
-                raise InputError(f"past_key_values: holds {have[0]} rows, the input has {batch}")
+        if self._kv is not None and self.batch != batch and self.get_seq_length():
+            raise InputError(f"past_key_values: holds {self.batch} rows, the input has {batch}")
         if self.max_length is not None and not torch.compiler.is_compiling():
             past = int(self.get_seq_length())
             if past + new > self.max_length:
@@ -135,9 +128,17 @@ class MobaCacheLayer(CacheLayerMixin):
                     f"{self.max_length} slots; make it longer"
                 )
 
-    def _check_dtype(self, k: Tensor) -> None:
-        if self._kv is not None and self._kv[0].dtype != k.dtype:
-            raise InputError(f"past_key_values: holds {self._kv[0].dtype}, the model has {k.dtype}")
+    def _check_keys(self, k: Tensor) -> None:
+        if self._kv is None:
+            return
+        have = self._kv[0]
+        if (have.shape[1], have.shape[3]) != (k.shape[1], k.shape[3]):
+            raise InputError(
+                f"past_key_values: holds {have.shape[1]} key heads of dim {have.shape[3]}, the model has "
+                f"{k.shape[1]} of {k.shape[3]}; it is another model's cache"
+            )
+        if have.dtype != k.dtype:
+            raise InputError(f"past_key_values: holds {have.dtype}, the model has {k.dtype}")
 
     def update(
         self,
@@ -154,9 +155,9 @@ class MobaCacheLayer(CacheLayerMixin):
             block_size: keep means of blocks of this size (0: keep none).
             rows: where the rows' documents begin.
         """
-        batch, heads, new, dim = key_states.shape
-        self.check(batch, heads, dim, new)
-        self._check_dtype(key_states)
+        batch, _, new, _ = key_states.shape
+        self.check(batch, new)
+        self._check_keys(key_states)
         if self._kv is None or (self._kv[0].shape[0] != batch and not self.get_seq_length()):
             self.lazy_initialization(key_states, value_states)
         assert self._kv is not None
@@ -249,7 +250,7 @@ class MobaCacheLayer(CacheLayerMixin):
 
     def raw_before(self, k: Tensor) -> Tensor:
         """The ``kconv - 1`` raw keys before the new ones ``k`` [B, Hkv, T, D], which are kept."""
-        self._check_dtype(k)
+        self._check_keys(k)
         if self._kv is None or self._kv[0].shape[0] != k.shape[0]:
             self.lazy_initialization(k, k)
         raw = self._raw

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Never
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -22,6 +23,7 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
     """A decoder with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (as in transformers)
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     # Trainer then divides the loss by the tokens of all accumulated batches, not by those of each.
     accepts_loss_kwargs: ClassVar[bool] = True
     body: ClassVar[type[MobaModel]]
@@ -81,9 +83,15 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
         if self.model.sequence is not None and labels is not None and not loss_only:
             raise UnsupportedError("rows that several processes share: pass loss_only=True, or no labels")
         if loss_only and labels is not None:
-            alone = head_loss(
-                outputs.last_hidden_state, self.lm_head.weight, labels, num_items_in_batch, self.model.sequence
-            )
+            head: Tensor = self.lm_head.weight
+            if isinstance(head, DTensor):  # split by tensor parallelism; FSDP2 has gathered it here
+                head = head.full_tensor()
+            if head.shape[0] != self.config.vocab_size:
+                raise UnsupportedError(
+                    "loss_only: tensor parallelism of this transformers does not say where the rest of the head is; "
+                    "leave it out, or take 5.23"
+                )
+            alone = head_loss(outputs.last_hidden_state, head, labels, num_items_in_batch, self.model.sequence)
             result = CausalLMOutputWithPast(
                 loss=alone, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
             )

@@ -254,7 +254,7 @@ class MobaModel(MobaPreTrainedModel):
 
     def _check_cache(self, cache: Cache | None, batch: int, new: int) -> None:
         if isinstance(cache, MobaCache):
-            cache.check(self.config, self.kconv, batch, new)
+            cache.check(self.kconv, batch, new)
         elif cache is not None and any(self.kconv):
             raise UnsupportedError(
                 f"kconv with a {type(cache).__name__}: only MobaCache keeps the raw keys it needs; pass one, or none"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -61,11 +62,8 @@ def arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
         "dataloader_pin_memory": recipe.device != "cpu" and torch.cuda.is_available(),
         "accelerator_config": {"use_seedable_sampler": False, "even_batches": True},
     }
-    if is_launched():
-        if recipe.shard and recipe.lora is not None:
-            raise UnsupportedError("train.lora: adapters are not sharded; set shard=false, which copies the model")
-        if recipe.device == "cpu":
-            given |= {"ddp_backend": "gloo"}
+    if is_launched() and recipe.device == "cpu":
+        given |= {"ddp_backend": "gloo"}
     args = TrainingArguments(**given)
     if args.n_gpu > 1:
         raise InputError(
@@ -154,7 +152,7 @@ class Runner(Trainer):
         return super().compute_loss(model, whole, return_outputs, num_items_in_batch)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        inner: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        inner = self._inner()
         weights = whole_weights(inner)
         optimizer = optimizer_state(inner, self._optimizer())
         randoms = random_state()
@@ -177,12 +175,12 @@ class Runner(Trainer):
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
         """Gradients of a sharded model wait for the last forward of a step; transformers' own asks its own config."""
-        model: Any = self.model
-        model.set_requires_gradient_sync(False)
+        sharded = next(module for module in self._inner().modules() if isinstance(module, FSDPModule))
+        sharded.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            model.set_requires_gradient_sync(True)
+            sharded.set_requires_gradient_sync(True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: the model was made with the checkpoint's weights."""
@@ -190,8 +188,7 @@ class Runner(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        inner: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        load_optimizer(Path(checkpoint), inner, self._optimizer())
+        load_optimizer(Path(checkpoint), self._inner(), self._optimizer())
         self._schedule().load_state_dict(read_json(Path(checkpoint, STATE))["learning_rate"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -200,6 +197,10 @@ class Runner(Trainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: bfloat16 needs none."""
+
+    def _inner(self) -> nn.Module:
+        inner: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return inner
 
     def _schedule(self) -> LRScheduler:
         assert self.lr_scheduler is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,10 @@ from torch.nn.functional import cross_entropy, pad
 
 from mobazoo.data.collate import IGNORED, Collator
 from mobazoo.data.rows import Rows
+from mobazoo.data.tokens import Progress
 from mobazoo.nn.causal_lm import MobaForCausalLM
 
-Progress = Callable[[str, int, int], None]
+PIECE = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +69,9 @@ def evaluate(
         given: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collate(chosen).items()}
         labels: Tensor = given.pop("labels")
         positions: Tensor = given.get("position_ids", torch.arange(rows.length, device=device).expand_as(labels))
-        logits = model(**given, use_cache=False).logits
         part = slice(None) if sequence is None else sequence.part(rows.length)
         after = pad(labels[:, 1:], (0, 1), value=IGNORED)[:, part].flatten()
-        losses = cross_entropy(logits.flatten(0, 1).float(), after, ignore_index=IGNORED, reduction="none")
+        losses = _token_losses(model, given, after)
         kept = (after != IGNORED) & bool(own)
         at = pad(positions[:, 1:], (0, 1))[:, part].flatten()[kept].cpu()
         total.index_add_(0, at, losses[kept].double().cpu())
@@ -85,6 +84,24 @@ def evaluate(
         distributed.all_reduce(sums)
         total, count = sums.cpu()
     return summary(total, count)
+
+
+def _token_losses(model: MobaForCausalLM, given: dict[str, Any], after: Tensor) -> Tensor:
+    """Loss of each token ``[B * T]`` float32; at most ``PIECE`` bytes of logits are in memory at a time."""
+    kept: list[Tensor] = []
+    # By a hook, because a sharded model gathers its weights where it is called itself; the head's stay until the next.
+    hook = model.model.register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state))
+    try:
+        model(**given, use_cache=False, logits_to_keep=1)
+    finally:
+        hook.remove()
+    some = max(1, PIECE // (4 * model.config.vocab_size))
+    pieces = zip(kept[0].flatten(0, 1).split(some), after.split(some), strict=True)
+    losses = [
+        cross_entropy(model.lm_head(states).float(), wanted, ignore_index=IGNORED, reduction="none")
+        for states, wanted in pieces
+    ]
+    return torch.cat(losses)
 
 
 def summary(total: Tensor, count: Tensor) -> Losses:

@@ -16,8 +16,8 @@ from mobazoo.nn.causal_lm import MobaForCausalLM
 ADAPTER = "adapter.safetensors"
 
 
-def adapted(model: MobaForCausalLM, lora: Lora) -> Any:
-    """The model with adapters beside its projections, which alone are trained.
+def check_targets(model: MobaForCausalLM, lora: Lora) -> None:
+    """Looks for the projections that get adapters.
 
     Raises:
         InputError: a target that no module of the model is called.
@@ -28,6 +28,10 @@ def adapted(model: MobaForCausalLM, lora: Lora) -> Any:
             raise InputError(
                 f"train.lora.targets: no projection is called {target!r}; known: {', '.join(sorted(known))}"
             )
+
+
+def adapted(model: MobaForCausalLM, lora: Lora) -> Any:
+    """The model with adapters beside its projections, which alone are trained."""
     peft = import_module("peft")
     config = peft.LoraConfig(
         r=lora.rank,
@@ -58,6 +62,9 @@ def read_adapter(folder: Path, model: nn.Module) -> None:
 
 
 def merged(model: Any) -> MobaForCausalLM:
-    """The model with its adapters added into its weights."""
+    """The model with its adapters added into its weights, none of which is frozen any more.
+
+    Every process must ask where weights are sharded.
+    """
     whole: MobaForCausalLM = model.merge_and_unload()
-    return whole
+    return whole.requires_grad_(True)

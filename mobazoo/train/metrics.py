@@ -11,10 +11,12 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mobazoo.checkpoint.staging import named_errors
 from mobazoo.config.train import TrainRecipe
+from mobazoo.data.tokens import Progress
+from mobazoo.files import write_whole
 
 Log = Callable[[str], None]
-Progress = Callable[[str, int, int], None]
 
 
 class Metrics(TrainerCallback):
@@ -85,9 +87,11 @@ class Metrics(TrainerCallback):
                     self.board.add_scalar(f"train/{name}", value, state.global_step)
             self.board.flush()  # a run may be killed at any time
         if self.log is not None:
+            of_peak = "" if used is None else f", {said['mfu']:.1%} of the device's peak"
             self.log(
-                f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.4f}, "
-                f"{rate:,.0f} tokens/s, learning rate {logs['learning_rate']:.2e}"
+                f"step {state.global_step} of {state.max_steps}: loss {said['loss']:.4f}, "
+                f"{said['tokens_per_second']:,.0f} tokens/s{of_peak}, {said['keys_read']:.1%} of the keys read, "
+                f"learning rate {said['learning_rate']:.2e}"
             )
 
     def rewind(self, step: int) -> None:
@@ -100,16 +104,22 @@ class Metrics(TrainerCallback):
                         kept.append(line)
                 except ValueError:  # torn by a kill; nothing whole comes after it
                     break
-        self.file.write_text("".join(kept), "utf-8")
+        write_whole(self.file, "".join(kept))
 
     def write(self, said: dict[str, Any]) -> None:
-        """Adds a line to the file."""
-        with self.file.open("a", encoding="utf-8") as file:
+        """Adds a line to the file.
+
+        Raises:
+            InputError: it cannot be written, as when the disk is full.
+        """
+        with named_errors(self.file), self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(said) + "\n")
         if self.board is not None and "validation" in said:
-            for name in ("loss", "trailing"):
-                if said["validation"][name] is not None:
-                    self.board.add_scalar(f"validation/{name}", said["validation"][name], said["step"])
+            found = said["validation"]
+            by_position = {f"by_position/{where}": loss for where, loss in found["by_position"].items()}
+            for name, value in {"loss": found["loss"], "trailing": found["trailing"], **by_position}.items():
+                if value is not None:
+                    self.board.add_scalar(f"validation/{name}", value, said["step"])
             self.board.flush()
 
     def pause(self, seconds: float) -> None:

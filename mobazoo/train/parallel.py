@@ -22,7 +22,8 @@ def shard(model: MobaForCausalLM, device: torch.device) -> None:
     """Splits every weight over all processes, layer by layer.
 
     accelerate would do it on GPUs, and on CPUs keep whole copies without a word; so this is done here, for both alike.
-    ``Trainer`` is told that the model came sharded and leaves it as it is.
+    ``Trainer`` is told that the model came sharded and leaves it as it is. Adapters must be there before; each is
+    sharded with its layer.
     """
     nn.Module.to(model, device=device)  # transformers' own is typed away
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))

@@ -21,13 +21,14 @@ from mobazoo.config.train import TrainRecipe
 from mobazoo.data.collate import Collator
 from mobazoo.data.documents import read_documents
 from mobazoo.data.rows import Row, Rows
+from mobazoo.data.source import find_files
 from mobazoo.data.stream import Stream
-from mobazoo.data.tokens import tokenize
+from mobazoo.data.tokens import Progress, tokenize
 from mobazoo.errors import Stopped
 from mobazoo.explain import groups
 from mobazoo.train.checkpoints import STATE, check_identity, clear, newest, owned, step_of
 from mobazoo.train.engine import Finite, Runner, Saver, arguments
-from mobazoo.train.evaluate import Losses, Progress
+from mobazoo.train.evaluate import Losses
 from mobazoo.train.export import export, write_model
 from mobazoo.train.lora import adapted, merged, read_adapter, write_adapter
 from mobazoo.train.metrics import Log, Metrics
@@ -88,6 +89,7 @@ def plan_train(recipe: TrainRecipe) -> TrainPlan:
     """
     recipe.require()
     setup = prepare(recipe)
+    _check_files(recipe)
     free_place(recipe.dest, recipe.overwrite)
     return _plan(recipe, setup)
 
@@ -107,6 +109,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None, log: Log | None
     started = monotonic()
     recipe.require()
     setup = prepare(recipe)
+    _check_files(recipe)
     dest = free_place(recipe.dest, recipe.overwrite)
     work = dest.with_name(f"{dest.name}.training")
     args = arguments(recipe, work)
@@ -143,14 +146,14 @@ class _Job:
         held_out = _rows(recipe, setup, self.progress, validation=True) if recipe.validation else None
         model = make_model(setup, recipe, self.progress, None if recipe.lora else resumed)
         share_rows(model, recipe.sequence)
-        if is_launched() and recipe.shard:
-            shard(model, self.args.device)
         trained: nn.Module = model
         if recipe.lora is not None:
             torch.manual_seed(recipe.seed)
             trained = adapted(model, recipe.lora)
             if resumed is not None:
                 read_adapter(resumed, trained)
+        if is_launched() and recipe.shard:
+            shard(model, self.args.device)
         switch = Switch(setup.schedule, model, self._say_stage)
         metrics = Metrics(
             recipe,
@@ -186,9 +189,9 @@ class _Job:
             )
         if held_out is not None and watch.last is None:  # killed between the last step and here
             watch.measure(self.args, trainer.state.global_step)
-        weights = None if recipe.lora else whole_weights(model)
         if recipe.lora is not None:
             model = merged(trained)
+        weights = whole_weights(model)
         if self.args.process_index == 0:
             plain = setup.family if recipe.to == "hf" else None
             export(
@@ -270,6 +273,12 @@ def agreed(value: Path | None) -> Path | None:
 
 def _silent(line: str) -> None:
     """Other processes than the first say nothing."""
+
+
+def _check_files(recipe: TrainRecipe) -> None:
+    for data in (recipe.data, recipe.validation):
+        if data is not None and data.format != "hub":
+            find_files(data)
 
 
 def _plan(recipe: TrainRecipe, setup: Setup) -> TrainPlan:

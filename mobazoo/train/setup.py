@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,11 +23,11 @@ from mobazoo.config.models import ModelEntry, model_entry, model_names
 from mobazoo.config.recipe import plain
 from mobazoo.config.rules import Rule
 from mobazoo.config.train import TrainRecipe
+from mobazoo.data.tokens import Progress
 from mobazoo.errors import InputError
 from mobazoo.nn.causal_lm import MobaForCausalLM
+from mobazoo.train.lora import check_targets
 from mobazoo.train.schedule import AttentionSchedule, Rules
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +72,8 @@ def prepare(recipe: TrainRecipe) -> Setup:
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)
     _check_fit(recipe, config, tokenizer)
     model = skeleton(family.model, config, recipe.model)
+    if recipe.lora is not None:
+        check_targets(model, recipe.lora)
     rules = [rule.as_dict() for rule in config.attention_rules()]
     schedule = AttentionSchedule(recipe, rules, config.num_hidden_layers)
     if recipe.to == "hf" and not schedule.ends_plain:
@@ -143,6 +144,9 @@ def _check_fit(recipe: TrainRecipe, config: Any, tokenizer: PreTrainedTokenizerB
         )
     if not isinstance(tokenizer.eos_token_id, int):
         raise InputError("train.tokenizer: has no end token (eos_token), which ends each document; set one and save it")
+    chats = [data for data in (recipe.data, recipe.validation) if data is not None and data.messages is not None]
+    if chats and not tokenizer.chat_template:
+        raise InputError("train.tokenizer: has no chat template, which data.messages needs; set one and save it")
 
 
 def provenance(recipe: TrainRecipe, setup: Setup) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mobazoo.config.train import TrainRecipe
 from mobazoo.data.rows import Rows
+from mobazoo.data.tokens import Progress
 from mobazoo.nn.causal_lm import MobaForCausalLM
-from mobazoo.train.evaluate import Losses, Progress, evaluate
+from mobazoo.train.evaluate import Losses, evaluate
 from mobazoo.train.metrics import Log, Metrics
 
 
@@ -48,4 +49,5 @@ class Evaluation(TrainerCallback):
         if rank == 0:
             self.metrics.write({"step": step, "validation": asdict(self.last)})
         trailing = "" if self.last.trailing is None else f", trailing {self.last.trailing:.4f}"
-        self.log(f"step {step}: validation loss {self.last.loss:.4f}{trailing}")
+        places = ", ".join(f"{where} {loss:.4f}" for where, loss in self.last.by_position.items())
+        self.log(f"step {step}: validation loss {self.last.loss:.4f}{trailing}; by position {places}")

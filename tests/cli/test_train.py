@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
+from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from mobazoo.cli import app
@@ -15,8 +19,11 @@ from mobazoo.config.shipped import RECIPES, shipped
 from mobazoo.config.tokenizer import TokenizerRecipe
 from mobazoo.data.bpe import train_tokenizer
 from mobazoo.train.setup import prepare
+from tests.train.test_resume import stop_after
 
 TRAIN = {name: source for name, source in shipped(RECIPES).items() if name.startswith("train/")}
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
 GIVEN = {"model": "org/model", "tokenizer": "org/tokenizer", "dest": "there", "data.path": "org/data"}
 
 
@@ -56,6 +63,37 @@ def test_shipped_runs_fit_their_models(name: str, tokenizer: str) -> None:
     assert setup.parameters > 10**6
 
 
+@pytest.mark.slow
+def test_small_recipes_run(tokenizer: str, tmp_path: Path) -> None:
+    """Each at its own size, for a few rows."""
+    AutoTokenizer.from_pretrained(tokenizer, chat_template=TEMPLATE).save_pretrained(tmp_path / "chat")
+    chat = [{"role": "user", "content": "one plus one?"}, {"role": "assistant", "content": "two"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    small = [name.removeprefix("train/") for name in TRAIN if name.startswith("train/tiny-")]
+    own = {"model": str(tmp_path / "tiny-moba"), "tokenizer": tokenizer, "data.path": str(tmp_path / "chats.jsonl")}
+    for name in sorted(small, key=lambda name: name != "tiny-moba"):  # what the others may go on from comes first
+        text = TRAIN[f"train/{name}"].text
+        words = given(text, **own)
+        words += [f"tokenizer={tmp_path / 'chat'}"] if name == "tiny-sft" else ["data.max_documents=40"]
+        words += ["validation.max_documents=3"] if "\nvalidation:" in text else []
+        done = call("train", name, *words, f"dest={tmp_path / name}", "tokens=null", "steps=10", "batch=1")
+        assert done.exit_code == 0, done.output
+        assert f"wrote {tmp_path / name}: 10 steps" in done.stdout
+
+
+def test_documented_launches_are_torchruns() -> None:
+    texts = {name: source.text for name, source in shipped(RECIPES).items()}
+    texts["docs"] = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    nodes = {}
+    for name, text in texts.items():
+        for words in re.findall(r"torchrun (.*?-m mobazoo)\b", text):
+            found = get_args_parser().parse_args(words.split())
+            assert (found.module, found.training_script) == (True, "mobazoo")
+            nodes[name] = max(nodes.get(name, 1), int(found.nnodes.split(":")[-1]))
+    assert {name for name, most in nodes.items() if most > 1} == {"train/continue-8b", "docs"}
+    assert len(nodes) > 5
+
+
 def test_the_long_run_resolves(tmp_path: Path) -> None:
     result = call("run", "continue-8b-1m", f"folder={tmp_path / 'runs'}", "--dry-run")
     assert result.exit_code == 0, result.output
@@ -63,7 +101,7 @@ def test_the_long_run_resolves(tmp_path: Path) -> None:
     assert "rows of 1048576" in result.stdout
 
 
-def test_from_nothing_to_a_model(tmp_path: Path) -> None:
+def test_from_nothing_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -77,6 +115,14 @@ def test_from_nothing_to_a_model(tmp_path: Path) -> None:
         more = ("validation=null", "length=64", "batch=2", "tokens=1000", "checkpoint_every=3")
         dry = call(*words, *more, "--dry-run")
         assert "would do 8 steps of 2 rows of 64: 16 rows, 1.02K tokens" in dry.stdout
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "1")  # of several processes the first one speaks
+            assert call(*words, *more, "--dry-run").stdout == ""
+        with monkeypatch.context() as patch:
+            stop_after(5, patch)
+            stopped = call(*words, *more)
+        assert stopped.exit_code == 143
+        assert "stopped by SIGTERM after step 5 of 8; the same command goes on" in stopped.stderr
         done = call(*words, *more)
         assert done.exit_code == 0, done.output
         assert f"wrote {tmp_path / 'out'}: 8 steps" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,17 @@ def test_binary_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"a\.txt: not text in UTF-8; leave it out by data\.files"):
         list(read_documents(Data(str(tmp_path))))
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_a_disk_that_fails_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **given: object) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(InputError, match=r"a\.txt: cannot be read: input/output error"):
+        list(read_documents(Data(str(tmp_path / "a.txt"), format=kind)))
 
 
 @given(st.lists(st.integers(0, 60), max_size=30), st.integers(2, 20))

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mobazoo import extras
@@ -42,10 +45,8 @@ def test_jsonl_rows_are_documents(tmp_path: Path) -> None:
 
 
 def test_parquet_rows_are_documents(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow")
-
     texts = [f"text {i}" for i in range(2500)]
-    arrow.parquet.write_table(arrow.table({"body": texts, "n": list(range(2500))}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"body": texts, "n": list(range(2500))}), tmp_path / "a.parquet")
     found = list(read_documents(Data(str(tmp_path), format="parquet", text="body")))
     assert [d.text for d in found] == texts
     assert found[2100].name == "a.parquet:2101"
@@ -58,7 +59,6 @@ def test_parquet_rows_are_documents(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub_datasets_are_read(streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     write(tmp_path / "set" / "train.jsonl", [{"text": f"text {i}"} for i in range(5)])
@@ -66,6 +66,9 @@ def test_hub_datasets_are_read(streaming: bool, tmp_path: Path, monkeypatch: pyt
     assert [d.text for d in read_documents(data)] == [f"text {i}" for i in range(5)]
     with pytest.raises(InputError, match=r"data.path: .*nowhere: "):
         list(read_documents(Data(str(tmp_path / "nowhere"), format="hub", streaming=streaming)))
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "good"}\n{"text": broken\n')
+    with pytest.raises(InputError, match=r"data.path: .*set: "):
+        list(read_documents(data))
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,19 @@ def test_only_answers_are_learned(tmp_path: Path, tokenizer: PreTrainedTokenizer
     assert learned == "two</assistant>three</assistant>two</assistant>"
     assert len(tokens.lengths) == 2
     assert tokenizer.decode(tokens.ids[: tokens.lengths[0]].tolist()).endswith("<assistant>three</assistant>")
+
+
+def test_a_template_may_mark_what_is_learned(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    marked = "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
+    marked += "{%- generation -%}{{ m.content }}!{%- endgeneration -%}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    plain = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = marked
+        tokens = tokenize(read_documents(chats(tmp_path, CHAT)), tokenizer)
+    finally:
+        tokenizer.chat_template = plain
+    assert tokenizer.decode(tokens.ids[tokens.learn].tolist()) == "two!three!"
+    assert tokenizer.decode(tokens.ids.tolist()).startswith("4<user>one plus one?<assistant>two!")
 
 
 def test_templates_that_cannot_be_followed_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, LlamaConfig
 
 import mobazoo
@@ -18,11 +19,14 @@ from mobazoo.attention.pattern import MoBA
 from mobazoo.config.data import Data
 from mobazoo.config.rules import LayerAttention
 from mobazoo.config.train import Lora, TrainRecipe
-from mobazoo.data.documents import Document
+from mobazoo.data.source import Document
 from mobazoo.data.stream import Stream
 from mobazoo.errors import InputError, Stopped, UnsupportedError
 from mobazoo.train import speed, train
+from mobazoo.train.lora import ADAPTER, read_adapter
+from mobazoo.train.metrics import Metrics
 
+from .conftest import HELD_OUT, metrics
 from .test_resume import same, stop_after
 
 Make = Callable[..., TrainRecipe]
@@ -58,7 +62,6 @@ def _take(stream: Stream, count: int) -> list[Any]:
 def test_a_streamed_run_goes_on_bit_for_bit(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str
 ) -> None:
-    pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()
     rows = "".join(json.dumps({"text": document.text}) + "\n" for document in documents())
     (tmp_path / "set" / "train.jsonl").write_text(rows)
@@ -72,10 +75,10 @@ def test_a_streamed_run_goes_on_bit_for_bit(
     assert same(tmp_path / "out", tmp_path / "whole")
 
 
-def test_adapters_learn_resume_and_merge(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft")
-    train(recipe(dest=str(tmp_path / "base"), steps=2))
-    base = {"model": str(tmp_path / "base"), "config": {}, "steps": 6, "lora": Lora(4, 8.0, 0.1, ["q_proj", "up_proj"])}
+def test_adapters_learn_resume_and_merge(
+    recipe: Make, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"model": str(plain_run), "config": {}, "steps": 6, "lora": Lora(4, 8.0, 0.1, ["q_proj", "up_proj"])}
     train(recipe(**base, dest=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
         stop_after(3, patch)
@@ -84,15 +87,14 @@ def test_adapters_learn_resume_and_merge(recipe: Make, tmp_path: Path, monkeypat
     assert not (tmp_path / "out.training" / "step-00000003" / "model.safetensors").exists()
     train(recipe(**base))
     assert same(tmp_path / "out", tmp_path / "whole")
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    before, after = (load_file(path / "model.safetensors") for path in (plain_run, tmp_path / "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     kinds = ("self_attn.q_proj", "mlp.up_proj")
     assert changed == {f"model.layers.{i}.{kind}.weight" for i in range(2) for kind in kinds}
-    mobazoo.load(tmp_path / "out")
-    with pytest.raises(InputError, match=r"train.lora.targets: no projection is called 'lm_head'; known: down_proj"):
-        train(recipe(**{**base, "lora": Lora(targets=["lm_head"])}, dest=str(tmp_path / "other")))
-    with pytest.raises(InputError, match=r"train.lora: want rank >= 1"):
-        train(recipe(lora=Lora(rank=0)))
+    whole = mobazoo.load(tmp_path / "out")
+    save_file({"other": torch.zeros(1)}, tmp_path / ADAPTER)
+    with pytest.raises(InputError, match=r"adapter.safetensors: has other adapters than the recipe asks for"):
+        read_adapter(tmp_path, whole)
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "peft" else True)
     with pytest.raises(UnsupportedError, match=r"train.lora: needs peft, .*'mobazoo\[lora\]'"):
         train(recipe(lora=Lora()))
@@ -126,11 +128,10 @@ def test_tensorboard_gets_every_line(recipe: Make, tmp_path: Path, monkeypatch: 
     with pytest.raises(UnsupportedError, match=r"train.tensorboard: needs tensorboard, .*'mobazoo\[tensorboard\]'"):
         train(recipe(tensorboard=True))
     monkeypatch.undo()
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(recipe(tensorboard=True, validation=Data("stdlib", files=["tomllib/*.py"])))
-    written = reader.EventAccumulator(str(tmp_path / "out.tensorboard"))
+    train(recipe(tensorboard=True, validation=HELD_OUT))
+    written = EventAccumulator(str(tmp_path / "out.tensorboard"))
     written.Reload()
-    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "out")
     steps = [said for said in lines if "loss" in said]
     assert {tag for tag in written.Tags()["scalars"] if tag.startswith("train/")} == {
         f"train/{key}" for key in steps[0]
@@ -139,9 +140,18 @@ def test_tensorboard_gets_every_line(recipe: Make, tmp_path: Path, monkeypatch: 
         scalars = [(said.step, said.value) for said in written.Scalars(f"train/{key}")]
         assert scalars == [(said["step"], pytest.approx(said[key])) for said in steps]
     [validation] = [(said["step"], said["validation"]) for said in lines if "validation" in said]
-    for key in ("loss", "trailing"):
+    step, found = validation
+    wanted = {"loss": found["loss"], "trailing": found["trailing"], "by_position/0-63": found["by_position"]["0-63"]}
+    for key, value in wanted.items():
         [scalar] = written.Scalars(f"validation/{key}")
-        assert (scalar.step, scalar.value) == (validation[0], pytest.approx(validation[1][key]))
+        assert (scalar.step, scalar.value) == (step, pytest.approx(value))
+
+
+def test_a_full_disk_is_named_by_the_metrics_too(recipe: Make) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no device that is always full")
+    with pytest.raises(InputError, match="/dev/full: disk full; nothing was changed; free some space"):
+        Metrics(recipe(), Path("/dev/full"), lambda: 1.0, lambda rate: None, None, None).write({"step": 1})
 
 
 def test_speed_is_counted_from_first_principles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
@@ -23,10 +26,12 @@ from mobazoo.config.models import model_entry
 from mobazoo.config.train import Lora, Stage, TrainRecipe
 from mobazoo.errors import InputError, Stopped, UnsupportedError
 from mobazoo.train import engine, run, train
+from mobazoo.train.lora import merged
 from mobazoo.train.parallel import share_rows
 from mobazoo.train.state import whole_weights
 from mobazoo.zoo import build
 
+from .conftest import HELD_OUT, metrics
 from .test_resume import same, stop_after
 
 Make = Callable[..., TrainRecipe]
@@ -64,61 +69,104 @@ def together(work: Callable[[], object]) -> None:
 
 
 def losses(dest: Path) -> torch.Tensor:
-    lines = [json.loads(line) for line in (dest / "metrics.jsonl").read_text().splitlines()]
-    return torch.tensor([line.get("loss", line.get("validation", {}).get("loss")) for line in lines])
+    return torch.tensor([line.get("loss", line.get("validation", {}).get("loss")) for line in metrics(dest)])
 
 
 @pytest.mark.parametrize("shard", [True, False])
 def test_two_processes_are_as_one(shard: bool, recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fields: dict[str, Any] = {"steps": 6, "schedule": STAGES, "validation": Data("stdlib", files=["tomllib/*.py"])}
-    train(recipe(**fields, dest=str(tmp_path / "one")))
-    two = recipe(**fields, shard=shard, dest=str(tmp_path / "two"))
+    fields: dict[str, Any] = {"schedule": STAGES, "validation": HELD_OUT}
+    if not shard:  # copies learn from a stream
+        (tmp_path / "set").mkdir()
+        texts = "".join(json.dumps({"text": f"number {i} " * 20}) + "\n" for i in range(90))
+        (tmp_path / "set" / "train.jsonl").write_text(texts)
+        fields["data"] = Data(str(tmp_path / "set"), format="hub", streaming=True)
+    one = recipe(**fields, dest=str(tmp_path / "one"))
+    train(one)
 
-    def sharded() -> None:
+    def work() -> None:
         def looking(model: torch.nn.Module) -> Any:
             assert any(isinstance(parameter, DTensor) for parameter in model.parameters()) == shard
             return whole_weights(model)
 
         monkeypatch.setattr(run, "whole_weights", looking)
-        train(two)
+        train(recipe(**fields, shard=shard, dest=str(tmp_path / "two")))
+        three = recipe(**fields, shard=shard, dest=str(tmp_path / "three"))
+        with monkeypatch.context() as patch:
+            stop_after(3, patch, rank=1)  # a wish of one process is one of all
+            with pytest.raises(Stopped):
+                train(three)
+        if distributed.get_rank() == 0:
+            shutil.copytree(tmp_path / "three.training", tmp_path / "four.training")
+        train(three)
 
-    together(sharded)
+    together(work)
     torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=2e-4, rtol=2e-4)
+    assert same(tmp_path / "three", tmp_path / "two")
+    assert [path.name for path in (tmp_path / "four.training").glob("step-*")] == ["step-00000003"]
+    said: list[str] = []
+    train(recipe(**fields, dest=str(tmp_path / "four")), log=said.append)
+    assert any(
+        "of 2 processes, here are 1: it goes on with the same rows, but not bit for bit" in line for line in said
+    )
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "four"), atol=2e-4, rtol=2e-4)
+    ids = torch.arange(3, 60)[None]
+    want, *others = (mobazoo.load(tmp_path / name, check_sums=True)(ids).logits for name in ("one", "two", "four"))
+    assert all((other - want).abs().max() < 1e-2 for other in others)
+
+
+def test_sharded_adapters_are_as_whole_ones(
+    recipe: Make, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields: dict[str, Any] = {"model": str(plain_run), "config": {}, "validation": HELD_OUT, "micro_batch": 1}
+    fields |= {"lora": Lora(4, 8.0, 0.0, ["q_proj", "up_proj"])}
+    train(recipe(**fields, dest=str(tmp_path / "one")))
+
+    def work() -> None:
+        def looking(model: Any) -> Any:
+            adapters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+            assert len(adapters) == 8
+            assert all(isinstance(parameter, DTensor) for parameter in adapters)
+            return merged(model)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "merged", looking)
+            train(recipe(**fields, dest=str(tmp_path / "two")))
+        three = recipe(**fields, dest=str(tmp_path / "three"))
+        with monkeypatch.context() as patch:
+            stop_after(3, patch)
+            with pytest.raises(Stopped):
+                train(three)
+        train(three)
+
+    together(work)
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=2e-4, rtol=2e-4)
+    assert same(tmp_path / "three", tmp_path / "two")
+    before, one, two = (
+        load_file(path / "model.safetensors") for path in (plain_run, tmp_path / "one", tmp_path / "two")
+    )
+    for name, tensor in one.items():
+        learned = "q_proj" in name or "up_proj" in name
+        assert [torch.equal(before[name], other) for other in (tensor, two[name])] == [not learned] * 2
     ids = torch.arange(3, 60)[None]
     models = [mobazoo.load(tmp_path / name, check_sums=True) for name in ("one", "two")]
     assert (models[0](ids).logits - models[1](ids).logits).abs().max() < 1e-2
 
-    def interrupted() -> None:
-        stop_after(4, monkeypatch)
-        with pytest.raises(Stopped):
-            train(three)
 
-    three = recipe(**fields, shard=shard, dest=str(tmp_path / "three"))
-    together(interrupted)
-    assert [path.name for path in (tmp_path / "three.training").glob("step-*")] == ["step-00000004"]
-    together(lambda: train(three))
-    assert same(tmp_path / "three", tmp_path / "two")
-
-
-def test_adapters_are_not_sharded(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UnsupportedError, match=r"train.lora: adapters are not sharded; set shard=false"):
-        engine.arguments(recipe(lora=Lora()), tmp_path)
-
-
-@pytest.mark.parametrize("shard", [True, False])
-def test_processes_that_share_rows_are_as_one(shard: bool, recipe: Make, tmp_path: Path) -> None:
-    held_out = Data("stdlib", files=["tomllib/*.py"])
+def test_processes_that_share_rows_are_as_one(recipe: Make, tmp_path: Path) -> None:
     kconv = [{"layers": ":", "pattern": "moba", "block_size": 8, "top_k": 3, "kconv": 3}]
-    fields: dict[str, Any] = {"steps": 5, "attention": kconv, "validation": held_out, "micro_batch": 2}
+    fields: dict[str, Any] = {"attention": kconv, "validation": HELD_OUT, "micro_batch": 2}
     train(recipe(**fields, dest=str(tmp_path / "one")))
-    two = recipe(**fields, shard=shard, sequence=2, dest=str(tmp_path / "two"))
-    together(lambda: train(two))
-    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=2e-4, rtol=2e-4)
+
+    def work() -> None:
+        for shard in (True, False):
+            train(recipe(**fields, shard=shard, sequence=2, dest=str(tmp_path / f"{shard}")))
+
+    together(work)
     ids = torch.arange(3, 60)[None]
-    models = [mobazoo.load(tmp_path / name) for name in ("one", "two")]
-    outputs = [model(ids, use_cache=False).logits for model in models]
-    assert (outputs[0] - outputs[1]).abs().max() < 1e-2
+    want = mobazoo.load(tmp_path / "one")(ids, use_cache=False).logits
+    for name in ("True", "False"):
+        torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / name), atol=2e-4, rtol=2e-4)
+        assert (mobazoo.load(tmp_path / name)(ids, use_cache=False).logits - want).abs().max() < 1e-2
 
 
 def test_shared_rows_give_the_same_states_and_gradients(tmp_path: Path) -> None:
@@ -158,6 +206,39 @@ def test_shared_rows_give_the_same_states_and_gradients(tmp_path: Path) -> None:
         distributed.destroy_process_group()
 
     together(work)
+
+
+@pytest.mark.slow
+def test_a_compiled_sharded_run_switches_and_goes_on(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "TrainingArguments", partial(engine.TrainingArguments, torch_compile_backend="eager"))
+    train(recipe(schedule=STAGES, dest=str(tmp_path / "one")))
+
+    def work() -> None:
+        train(recipe(schedule=STAGES, compile=True, dest=str(tmp_path / "two")))
+        three = recipe(schedule=STAGES, compile=True, dest=str(tmp_path / "three"))
+        with monkeypatch.context() as patch:
+            stop_after(1, patch)
+            with pytest.raises(Stopped):
+                train(three)
+        train(three)
+
+    together(work)
+    torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), atol=2e-4, rtol=2e-4)
+    assert same(tmp_path / "three", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"shard": False}, {"dtype": "bfloat16"}, {"mixed": True}, {"sequence": 2}], ids=str)
+def test_adapters_in_other_ways(how: dict[str, Any], recipe: Make, plain_run: Path, tmp_path: Path) -> None:
+    fields = {"model": str(plain_run), "config": {}, "lora": Lora(4, 8.0), **how}
+    train(recipe(**{**fields, "sequence": 1}, dest=str(tmp_path / "one")))
+    together(lambda: train(recipe(**fields, dest=str(tmp_path / "two"))))
+    # bfloat16 keeps eight bits of the losses, which are below 8.
+    most = 2e-4 if how.keys() & {"shard", "sequence"} else 8 * 2**-8
+    assert (losses(tmp_path / "one") - losses(tmp_path / "two")).abs().max() < most
+    mobazoo.load(tmp_path / "two", check_sums=True)
 
 
 def test_sequence_is_checked(recipe: Make, tmp_path: Path) -> None:

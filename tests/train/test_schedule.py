@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.nn.attention import Attention
 from mobazoo.train import engine, plan_train, train
 from mobazoo.train.schedule import AttentionSchedule
+
+from .conftest import metrics
 
 Make = Callable[..., TrainRecipe]
 MOBA: list[dict[str, Any]] = [{"layers": ":", "pattern": "moba", "block_size": 8, "top_k": 2}]
@@ -41,8 +43,7 @@ def test_switching_is_exact_at_the_step(recipe: Make, monkeypatch: pytest.Monkey
         "step 1: attention stage 1 of 2: layers 0-1: MoBA(block_size=8, top_k=2)",
         "step 10: attention stage 2 of 2: layers 0-1: Full()",
     ]
-    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["keys_read"] == 1 for line in lines] == [False] * 9 + [True]
+    assert [line["keys_read"] == 1 for line in metrics(tmp_path / "out")] == [False] * 9 + [True]
     model = mobazoo.load(tmp_path / "out")
     assert all(layer.pattern == Full() for layer in model.config.attention_layers())
 
@@ -51,10 +52,22 @@ def test_the_first_stage_learns_what_a_run_without_a_second_does(recipe: Make, t
     losses = []
     for stages in ([], [Stage(FULL, 0.5), Stage(MOBA)]):
         train(recipe(attention=FULL, steps=8, decay="constant", schedule=stages, overwrite=True))
-        text = (tmp_path / "out" / "metrics.jsonl").read_text()
-        losses.append([json.loads(line)["loss"] for line in text.splitlines()])
+        losses.append([line["loss"] for line in metrics(tmp_path / "out")])
     assert losses[0][:4] == losses[1][:4]
     assert all(a != b for a, b in zip(losses[0][4:], losses[1][4:], strict=True))
+
+
+def test_a_compiled_run_switches(recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Graphs are traced and run as they are; what torch's compiler makes of them is tests/models/test_inductor.py."""
+    stages = [Stage(MOBA, 0.5), Stage(FULL)]
+    train(recipe(schedule=stages, dest=str(tmp_path / "plain")))
+    monkeypatch.setattr(engine, "TrainingArguments", partial(engine.TrainingArguments, torch_compile_backend="eager"))
+    torch._dynamo.utils.counters.clear()
+    train(recipe(schedule=stages, compile=True, dest=str(tmp_path / "whole")))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # one for each stage
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "whole")]
+    torch.testing.assert_close(*map(torch.tensor, losses), atol=1e-4, rtol=1e-4)
+    assert [line["keys_read"] == 1 for line in metrics(tmp_path / "whole")] == [False, False, True, True]
 
 
 def test_ends_by_share_and_by_tokens(recipe: Make) -> None:

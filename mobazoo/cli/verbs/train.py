@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
+from io import StringIO
 from typing import TYPE_CHECKING
 
 from mobazoo.cli.output import count, note, progress
@@ -28,9 +30,9 @@ def main(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = 
 
     Documents are packed into rows and never see each other. On several GPUs: torchrun -m mobazoo train ...
     """
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    work(sys.modules[__name__], recipe, overrides, dry_run)
+    other = os.environ.get("RANK", "0") != "0"
+    with redirect_stdout(StringIO()) if other else nullcontext():  # of several processes the first one speaks
+        work(sys.modules[__name__], recipe, overrides, dry_run)
 
 
 def resolve(recipe: str, overrides: Sequence[str]) -> TrainRecipe:
