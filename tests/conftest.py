@@ -6,6 +6,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+# Models this small only wait for threads. Attention's own tests take two: see attention/conftest.py.
+torch.set_num_threads(1)
+
 # Our Triton kernels then run on the CPU; what PyTorch compiles does not change.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
