@@ -1,9 +1,11 @@
-"""Peak memory against bounds that are stated before anything runs, each in a process of its own."""
+"""Peak memory against bounds that are stated before anything runs, each in a process of its own that nothing ran in before."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,9 @@ OVERHEAD = 96 * MIB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
-_PROBE = """
-import sys
+# One process imports everything once and forks a child for each probe, which starts with the same memory.
+_PROBES = """
+import json, os, sys, traceback
 from pathlib import Path
 import torch
 from mobazoo.attention import MoBA, Full, Segments, Centroids, attend, centroids, route
@@ -40,23 +43,44 @@ def small(**kw):  # the first call loads libraries and starts threads
     q = torch.randn(1, 2, 256, 16, requires_grad=True)
     attend(q, q, q, **kw).sum().backward()
 
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        try:
+            exec(json.loads(line))
+            said = peak_of(work)
+        except BaseException:
+            said = traceback.format_exc()
+        print(json.dumps(said), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(json.dumps("the probe was killed"), flush=True)
 """
+Peak = Callable[[str], int]
 
 
-def peak(code: str) -> int:
+@pytest.fixture(scope="module")
+def peak() -> Iterator[Peak]:
     """Bytes above the starting point that ``work()``, defined by the code, needs at most."""
-    done = subprocess.run(
-        [sys.executable, "-c", _PROBE + code + "\nprint(peak_of(work))"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1])
+    with subprocess.Popen(
+        [sys.executable, "-c", _PROBES], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as probes:
+        assert probes.stdin is not None
+        assert probes.stdout is not None
+        into, out = probes.stdin, probes.stdout
+
+        def of(code: str) -> int:
+            into.write(json.dumps(code) + "\n")
+            into.flush()
+            said = json.loads(out.readline())
+            assert isinstance(said, int), said
+            return said
+
+        yield of
+        into.close()
 
 
-def test_the_probe_sees_memory() -> None:
+def test_the_probe_sees_memory(peak: Peak) -> None:
     """A buffer that is freed again counts, and a view does not."""
     assert peak("def work():\n    torch.ones(64 << 20).sum()") >= 256 * MIB
     assert peak("x = torch.ones(64 << 20)\ndef work():\n    return x[5:].view(-1)") < 32 * MIB
@@ -73,7 +97,7 @@ LONG_GATE: Gate = (256 << 10, 1, 1, 8, 4096, 12, "float32")
 
 
 @pytest.mark.parametrize("shape", [*GATES.values(), pytest.param(LONG_GATE, marks=pytest.mark.slow)], ids=str)
-def test_gate(shape: Gate) -> None:
+def test_gate(shape: Gate, peak: Peak) -> None:
     """Working memory beyond inputs and result below 1 GiB, as ``route`` promises, and far below all scores at once."""
     tokens, hq, hkv, dim, blocks, top_k, dtype = shape
     code = f"""
@@ -102,7 +126,7 @@ def work():
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_flash(dtype: str, grad: bool) -> None:
+def test_flash(dtype: str, grad: bool, peak: Peak) -> None:
     """Beyond the result: wide copies of one key head's queries, output and gradients, and ``_TOKENS_PER_CALL`` rows.
 
     32K tokens, 4 query and 2 key heads, D 64: all scores would be 16 GiB, scores of read keys 1.5 GiB.
@@ -136,7 +160,7 @@ def work():
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
-def test_sdpa_packed_builds_no_square_mask(grad: bool) -> None:
+def test_sdpa_packed_builds_no_square_mask(grad: bool, peak: Peak) -> None:
     """16K packed slots: a square mask of one row, in booleans, is 256 MiB, and 1 GiB as SDPA widens it."""
     slots = 16 << 10
     code = f"""
