@@ -10,7 +10,6 @@ import tomllib
 from importlib import import_module
 from pathlib import Path
 
-import pytest
 
 from mobazoo.cli.assemble import discover
 

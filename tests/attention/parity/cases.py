@@ -44,8 +44,8 @@ FULL = {name: case.full for name, case in (PARTIAL | WHOLE).items()} | {
     for heads, dim in zip(_HEADS, (64, 33, 64), strict=True)
 }
 
-# What decoding is asked for many queries: queries know nothing of each other there, each costs as much as the first, and
-# these end a long document, pad, are a document of one token and begin another one.
+# What decoding is asked for many queries: they know nothing of each other there, and each costs as much as the first.
+# These end a long document, pad, are a document of one token and begin another one.
 FEW = {
     case: replace(case, queries=32, first=case.rows[0][1] - 15) for case in (SPARSE | FULL).values() if case.slots > 200
 }
