@@ -10,7 +10,6 @@ import tomllib
 from importlib import import_module
 from pathlib import Path
 
-
 from mobazoo.cli.assemble import discover
 
 ROOT = Path(__file__).parents[2]

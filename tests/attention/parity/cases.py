@@ -47,7 +47,7 @@ FULL = {name: case.full for name, case in (PARTIAL | WHOLE).items()} | {
 # What decoding is asked for many queries: they know nothing of each other there, and each costs as much as the first.
 # These end a long document, pad, are a document of one token and begin another one.
 FEW = {
-    case: replace(case, queries=32, first=case.rows[0][1] - 15) for case in (SPARSE | FULL).values() if case.slots > 200
+    case: replace(case, queries=16, first=case.rows[0][1] - 7) for case in (SPARSE | FULL).values() if case.slots > 200
 }
 
 # For backends that compile: one packed, one whole, one partial case.

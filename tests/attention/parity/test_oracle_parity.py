@@ -20,7 +20,8 @@ def truth(case: Case, dtype: torch.dtype, device: str) -> tuple[Inputs, Routes |
     """Inputs, routes, the oracle and the reference backend's result: the same for every backend that is checked."""
     data = inputs(case, dtype, device)
     routes, chosen = random_routes(case) if case.block_size else (None, [])
-    return data, routes, oracle(case, data, chosen), run(case, data, "reference", routes=routes, grad=True)
+    expected = oracle(case, data, chosen).settled()
+    return data, routes, expected, run(case, data, "reference", routes=routes, grad=True)
 
 
 def _check(case: Case, dtype: torch.dtype, backend: str, device: str, *, grad: bool) -> None:
