@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c 
 
 help:
 	@echo "make setup      create $(VENV) and install (torch first, at its pinned version)"
-	@echo "make test       the default tests, on up to four cores; about five minutes on two"
+	@echo "make test       the default tests, on up to four cores"
 	@echo "make demo       the main job in about five minutes: a small Llama gets MoBA; a page says what came of it"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     ruff, fixing what it can"
