@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c 
 
 help:
 	@echo "make setup      create $(VENV) and install (torch first, at its pinned version)"
-	@echo "make test       the default tests, under ten minutes on two cores"
+	@echo "make test       the default tests, on up to four cores"
 	@echo "make demo       the main job in about five minutes: a small Llama gets MoBA; a page says what came of it"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     ruff, fixing what it can"
@@ -34,10 +34,10 @@ test: $(READY)
 	$(PY) -m pytest
 
 test-slow: $(READY)
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n0 -m slow
 
 test-gpu: $(READY)
-	$(PY) -m pytest -m gpu
+	$(PY) -m pytest -n0 -m gpu
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -116,6 +116,14 @@ class Attention:
         dscores = weights * (dweights + (dout * out).sum(-1, keepdim=True)) * self.scale
         return out, dscores @ self._repeated(k), self._summed(dscores.mT @ q), self._summed(weights.mT @ dout)
 
+    def settled(self) -> Attention:
+        """This, with all results and without the matrices they came from, which many cases together would keep."""
+        results = {name: getattr(self, name) for name in ("score_magnitude", "gradients", "magnitudes")}
+        vars(self).update(results, out=self.out.detach())
+        for name in ("_inputs", "_scores", "_weights"):
+            del vars(self)[name]
+        return self
+
 
 @dataclass(frozen=True)
 class GateAnswer:

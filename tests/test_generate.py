@@ -17,7 +17,6 @@ from mobazoo.checkpoint.convert import convert
 from mobazoo.checkpoint.tokenizer import load_tokenizer
 from mobazoo.cli import app
 from mobazoo.config.convert import ConvertRecipe
-from tests.models.conftest import one_thread as one_thread
 from tests.models.tiny import FAMILIES, VOCAB, error, stock
 
 RULES = [{"layers": ":", "pattern": "moba", "block_size": 4, "top_k": 2}, {"layers": -1, "pattern": "full"}]

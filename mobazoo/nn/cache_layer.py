@@ -97,13 +97,12 @@ class MobaCacheLayer(CacheLayerMixin):
         self._pin(self.length, self._raw)
 
     def _allocate(self, k: Tensor, v: Tensor, room: int) -> None:
-        shapes = [(*x.shape[:2], room, x.shape[3]) for x in (k, v)]
-        old, count = self._kv, self.count or 0
-        self._kv = tuple(allocate(shape, x, self.offloaded) for shape, x in zip(shapes, (k, v), strict=True))  # type: ignore[assignment]
-        if old is not None and count:
-            for new, kept in zip(self._kv or (), old, strict=True):
-                new[:, :, :count] = kept[:, :, :count]
-        self._pin(*(self._kv or ()))
+        keys, values = (allocate((*x.shape[:2], room, x.shape[3]), x, self.offloaded) for x in (k, v))
+        if self._kv is not None and self.count:
+            for new, old in zip((keys, values), self._kv, strict=True):
+                new[:, :, : self.count] = old[:, :, : self.count]
+        self._kv = keys, values
+        self._pin(keys, values)
 
     def _pin(self, *tensors: Tensor | None) -> None:
         """Tells the compiler that these stay where they are, which CUDA graphs need."""

@@ -108,9 +108,6 @@ class MobaForCausalLM(MobaPreTrainedModel, GenerationMixin):
         )
         return result if self._as_dict(return_dict) else result.to_tuple()
 
-    def _as_dict(self, return_dict: bool | None) -> bool:
-        return bool(self.config.return_dict if return_dict is None else return_dict)
-
     def generate(
         self,
         inputs: Tensor | None = None,

@@ -71,6 +71,9 @@ class MobaPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True
 
+    def _as_dict(self, return_dict: bool | None) -> bool:
+        return bool(self.config.return_dict if return_dict is None else return_dict)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, KeyConv):
@@ -202,8 +205,8 @@ class MobaModel(MobaPreTrainedModel):
             use_cache, own = False, self.sequence.part(shape[1])
         hidden = self.embed_tokens(given[:, own]) if inputs_embeds is None else given[:, own]
         self._check_cache(past_key_values, *shape)
-        guarded = isinstance(past_key_values, MobaCache) and not compiler.is_compiling()
-        with past_key_values.whole() if guarded else nullcontext():  # type: ignore[union-attr]
+        guarded = past_key_values if isinstance(past_key_values, MobaCache) and not compiler.is_compiling() else None
+        with nullcontext() if guarded is None else guarded.whole():
             past = past_length(past_key_values)
             if isinstance(past_key_values, MobaCache):
                 if decode_from is not None:
@@ -238,9 +241,6 @@ class MobaModel(MobaPreTrainedModel):
             hidden_states=tuple(states) if states is not None else None,
         )
         return result if self._as_dict(return_dict) else result.to_tuple()
-
-    def _as_dict(self, return_dict: bool | None) -> bool:
-        return bool(self.config.return_dict if return_dict is None else return_dict)
 
     def _wants_cache(self, use_cache: bool | None, cache: Cache | None, packed: bool) -> bool:
         if packed and (use_cache or cache is not None):

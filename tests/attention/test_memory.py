@@ -2,61 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-MIB = 1 << 20
-GIB = 1 << 30
-# Thread pools, kernels' own buffers and what the allocator keeps: measured once, nothing to do with the shapes.
-OVERHEAD = 96 * MIB
+from tests.memory import GIB, MIB, OVERHEAD, Peak
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
-_PROBE = """
-import sys
-from pathlib import Path
-import torch
-from mobazoo.attention import MoBA, Full, Segments, Centroids, attend, centroids, route
 
-torch.set_num_threads(2)
-torch.manual_seed(0)
-
-def status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-
-def peak_of(work):
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = status("VmRSS")
-    kept = work()
-    return status("VmHWM") - before
-
-def small(**kw):  # the first call loads libraries and starts threads
-    q = torch.randn(1, 2, 256, 16, requires_grad=True)
-    attend(q, q, q, **kw).sum().backward()
-
-"""
-
-
-def peak(code: str) -> int:
-    """Bytes above the starting point that ``work()``, defined by the code, needs at most."""
-    done = subprocess.run(
-        [sys.executable, "-c", _PROBE + code + "\nprint(peak_of(work))"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1])
-
-
-def test_the_probe_sees_memory() -> None:
+def test_the_probe_sees_memory(peak: Peak) -> None:
     """A buffer that is freed again counts, and a view does not."""
     assert peak("def work():\n    torch.ones(64 << 20).sum()") >= 256 * MIB
     assert peak("x = torch.ones(64 << 20)\ndef work():\n    return x[5:].view(-1)") < 32 * MIB
@@ -73,7 +28,7 @@ LONG_GATE: Gate = (256 << 10, 1, 1, 8, 4096, 12, "float32")
 
 
 @pytest.mark.parametrize("shape", [*GATES.values(), pytest.param(LONG_GATE, marks=pytest.mark.slow)], ids=str)
-def test_gate(shape: Gate) -> None:
+def test_gate(shape: Gate, peak: Peak) -> None:
     """Working memory beyond inputs and result below 1 GiB, as ``route`` promises, and far below all scores at once."""
     tokens, hq, hkv, dim, blocks, top_k, dtype = shape
     code = f"""
@@ -102,7 +57,7 @@ def work():
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_flash(dtype: str, grad: bool) -> None:
+def test_flash(dtype: str, grad: bool, peak: Peak) -> None:
     """Beyond the result: wide copies of one key head's queries, output and gradients, and ``_TOKENS_PER_CALL`` rows.
 
     32K tokens, 4 query and 2 key heads, D 64: all scores would be 16 GiB, scores of read keys 1.5 GiB.
@@ -136,7 +91,7 @@ def work():
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
-def test_sdpa_packed_builds_no_square_mask(grad: bool) -> None:
+def test_sdpa_packed_builds_no_square_mask(grad: bool, peak: Peak) -> None:
     """16K packed slots: a square mask of one row, in booleans, is 256 MiB, and 1 GiB as SDPA widens it."""
     slots = 16 << 10
     code = f"""

@@ -19,21 +19,14 @@ from tests.attention import fake_flash_attn
 from tests.attention.test_varlen import Case, routes_of, segments_of, tensors_of
 from tests.attention.varlen_stub import Stub
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CASES = (
     Case("padded", dim=12),
     Case("packed", queries=1, heads=(8, 1)),
     Case("padded", strides="tokens", block_size=0),
 )
 RELEASES = {"2.6": fake_flash_attn.release_2_6, "2.8": fake_flash_attn.release_2_8}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of small operations: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(case: Case, provider: Provider) -> tuple[Tensor, ...]:

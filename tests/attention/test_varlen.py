@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -18,6 +17,8 @@ from mobazoo.attention.kernels.fit import Fitted, Provider
 from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.kernels.providers import Aten
 from tests.attention.varlen_stub import Stub
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SLOTS = 96
 ROWS = {
@@ -48,15 +49,6 @@ class Case:
     def q_start(self) -> int | Tensor:
         first = SLOTS - self.queries if self.first is None else self.first
         return torch.tensor(first) if self.tensor else first
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of small operations: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def segments_of(name: str) -> Segments:

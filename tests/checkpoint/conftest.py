@@ -1,8 +1,6 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from transformers.utils import logging
 
 from mobazoo.checkpoint import staging
@@ -30,12 +28,3 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     asked: list[Path] = []
     monkeypatch.setattr(staging, "_sync_one", asked.append)
     return asked
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from torch.distributed.run import get_args_parser
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -102,32 +101,27 @@ def test_the_long_run_resolves(tmp_path: Path) -> None:
 
 
 def test_from_nothing_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        folder = tmp_path / "tokenizer"
-        small = "data={path: stdlib, files: [json/*.py]}"
-        done = call("tokenizer", "tokenizer/stdlib", f"dest={folder}", small, "vocab=300")
-        assert done.exit_code == 0, done.output
-        assert "300 tokens from 5 documents" in done.stdout
-        sizes = "config={vocab_size: 300, hidden_size: 32, intermediate_size: 48, head_dim: 8}"
-        words = ("train", "tiny-moba-then-full", f"tokenizer={folder}", f"dest={tmp_path / 'out'}", small, sizes)
-        more = ("validation=null", "length=64", "batch=2", "tokens=1000", "checkpoint_every=3")
-        dry = call(*words, *more, "--dry-run")
-        assert "would do 8 steps of 2 rows of 64: 16 rows, 1.02K tokens" in dry.stdout
-        with monkeypatch.context() as patch:
-            patch.setenv("RANK", "1")  # of several processes the first one speaks
-            assert call(*words, *more, "--dry-run").stdout == ""
-        with monkeypatch.context() as patch:
-            stop_after(5, patch)
-            stopped = call(*words, *more)
-        assert stopped.exit_code == 143
-        assert "stopped by SIGTERM after step 5 of 8; the same command goes on" in stopped.stderr
-        done = call(*words, *more)
-        assert done.exit_code == 0, done.output
-        assert f"wrote {tmp_path / 'out'}: 8 steps" in done.stdout
-        again = call(*words, *more)
-        assert again.exit_code == 2
-        assert "exists; pass overwrite=true" in again.stderr
-    finally:
-        torch.set_num_threads(before)
+    folder = tmp_path / "tokenizer"
+    small = "data={path: stdlib, files: [json/*.py]}"
+    done = call("tokenizer", "tokenizer/stdlib", f"dest={folder}", small, "vocab=300")
+    assert done.exit_code == 0, done.output
+    assert "300 tokens from 5 documents" in done.stdout
+    sizes = "config={vocab_size: 300, hidden_size: 32, intermediate_size: 48, head_dim: 8}"
+    words = ("train", "tiny-moba-then-full", f"tokenizer={folder}", f"dest={tmp_path / 'out'}", small, sizes)
+    more = ("validation=null", "length=64", "batch=2", "tokens=1000", "checkpoint_every=3")
+    dry = call(*words, *more, "--dry-run")
+    assert "would do 8 steps of 2 rows of 64: 16 rows, 1.02K tokens" in dry.stdout
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")  # of several processes the first one speaks
+        assert call(*words, *more, "--dry-run").stdout == ""
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        stopped = call(*words, *more)
+    assert stopped.exit_code == 143
+    assert "stopped by SIGTERM after step 5 of 8; the same command goes on" in stopped.stderr
+    done = call(*words, *more)
+    assert done.exit_code == 0, done.output
+    assert f"wrote {tmp_path / 'out'}: 8 steps" in done.stdout
+    again = call(*words, *more)
+    assert again.exit_code == 2
+    assert "exists; pass overwrite=true" in again.stderr

@@ -29,14 +29,6 @@ def call(*args: object, text: str | None = None) -> Result:
     return CliRunner().invoke(app, list(map(str, args)), input=text)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer of bytes, as transformers saves it."""

@@ -28,9 +28,9 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @cache
-def made(family: str, mode: str) -> Any:
+def made(family: str, mode: str, layers: int = 3) -> Any:
     """One model for all tests that change nothing of it."""
-    return ours(family, MODES[mode])
+    return ours(family, MODES[mode], num_hidden_layers=layers)
 
 
 def text(mode: str, side: str | None) -> tuple[Tensor, Tensor | None]:
@@ -166,12 +166,24 @@ def test_a_prompt_in_chunks_never_stands_whole(monkeypatch: pytest.MonkeyPatch) 
 
 @both
 def test_alone_or_in_a_batch(mode: str) -> None:
-    model = made("llama", mode)
-    tokens, mask = text(mode, "left")
+    """Rows of very different lengths: ten blocks, an odd number of tokens, less than a block, one token."""
+    model, lengths = made("llama", mode), [TOTAL, 31, 3, 1]
+    tokens, mask = padded(ids(4, TOTAL), lengths, "left")
     options: Any = {"do_sample": False, "max_new_tokens": 9}
-    both_rows = model.generate(tokens, attention_mask=mask, **options)
-    alone = model.generate(tokens[1:, 9:], **options)
-    assert torch.equal(both_rows[1:, TOTAL:], alone[:, TOTAL - 9 :])
+    together = model.generate(tokens, attention_mask=mask, **options)
+    for row, length in enumerate(lengths):
+        alone = model.generate(tokens[row : row + 1, TOTAL - length :], **options)
+        assert torch.equal(together[row : row + 1, TOTAL:], alone[:, length:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "high"}, {"num_beams": 4, "num_beam_groups": 2}],
+    ids=["contrastive search", "DoLa", "groups of beams"],
+)
+def test_modes_that_transformers_has_given_up(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="requires `trust_remote_code=True`"):
+        made("llama", "moba").generate(ids(1, 5), max_new_tokens=2, do_sample=False, **options)
 
 
 GENERATE: dict[str, dict[str, Any]] = {
@@ -316,7 +328,7 @@ def test_a_model_that_assists_itself_is_refused() -> None:
 @pytest.mark.parametrize("padding", [0, 6])
 def test_one_graph_for_all_steps(padding: int) -> None:
     """A static cache's step is compiled once, padded or not, and gives what generation gives."""
-    model, graphs = ours("llama", MODES["moba"]), []
+    model, graphs = made("llama", "moba", layers=2), []
     tokens, mask = padded(ids(2, 20), [20, 20 - padding], "left")
     kept = MobaCache(model.config, max_length=40)
     out = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=9)
@@ -342,7 +354,7 @@ def test_one_graph_for_all_steps(padding: int) -> None:
 def test_compiled_steps_of_generate(mode: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where transformers compiles a static cache's steps by itself: the prompt is read outside."""
     torch._dynamo.reset()
-    model = made("llama", mode)
+    model = made("llama", mode, layers=2)
     tokens, mask = text(mode, "left")
     options: Any = {"attention_mask": mask[:, :26], "do_sample": False, "max_new_tokens": 9}  # type: ignore[index]
     want = model.generate(tokens[:, :26], **options, use_cache=False)

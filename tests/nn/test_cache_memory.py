@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from tests.attention.test_memory import MIB, OVERHEAD, peak
+from tests.memory import MIB, OVERHEAD, Peak
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_sparse_token_copies_no_keys(dtype: str) -> None:
+def test_a_sparse_token_copies_no_keys(dtype: str, peak: Peak) -> None:
     """Keys of 256 MiB and as many values: a token may take what it reads and its row numbers, far from a copy."""
     hq, hkv, dim, block, top_k = 8, 2, 64, 512, 8
     size = 4 if dtype == "float32" else 2
@@ -44,7 +44,7 @@ token(1)
     assert peak(code) < allowed
 
 
-def test_a_prompt_in_chunks_takes_the_memory_of_a_chunk() -> None:
+def test_a_prompt_in_chunks_takes_the_memory_of_a_chunk(peak: Peak) -> None:
     """32K tokens, feed-forward of 2048: one of its two buffers is 256 MiB at once and 8 MiB for a chunk of 1024."""
     length, hidden, inside, chunk = 32 << 10, 32, 2048, 1024
     code = f"""

@@ -11,7 +11,7 @@ import torch
 
 from mobazoo.config.recipe import load_recipe
 from mobazoo.errors import UnsupportedError
-from tests.train.conftest import one_thread, unsynced  # noqa: F401
+from tests.train.conftest import unsynced  # noqa: F401
 from tools.study import __main__ as command
 from tools.study import page
 from tools.study.corpus import asked, make_data

@@ -20,7 +20,7 @@ from mobazoo.probe.tables import chosen_setting, grid_rows, layer_rows
 PLACE = ("3 Measure", 0)
 EXAMPLES = """Example: mobazoo probe ./Llama-3.2-1B data.path=./texts length=8192 block_sizes='[256, 512]'
 
-Example: mobazoo probe ./Qwen3-0.6B data.path=stdlib suggest.block_size=128 suggest.top_k=8 suggest.full=3"""
+Example: mobazoo probe ./Qwen3-0.6B data.path=stdlib suggest.block_size=64 suggest.top_k=3 suggest.full=3"""
 
 
 def main(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle, product
 
 from tests.factories import Case
@@ -41,6 +42,12 @@ SPARSE = GRID | PARTIAL | WHOLE
 FULL = {name: case.full for name, case in (PARTIAL | WHOLE).items()} | {
     f"{heads[0]}to{heads[1]}d{dim}": Case(_rows(64), 0, 1, *heads, dim)
     for heads, dim in zip(_HEADS, (64, 33, 64), strict=True)
+}
+
+# What decoding is asked for many queries: they know nothing of each other there, and each costs as much as the first.
+# These end a long document, pad, are a document of one token and begin another one.
+FEW = {
+    case: replace(case, queries=16, first=case.rows[0][1] - 7) for case in (SPARSE | FULL).values() if case.slots > 200
 }
 
 # For backends that compile: one packed, one whole, one partial case.
