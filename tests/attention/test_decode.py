@@ -97,13 +97,16 @@ def test_full_attention_is_that_of_sdpa() -> None:
         assert torch.equal(attend(q, k, k, pattern=pattern, backend="decode"), attend(q, k, k, backend="sdpa"))
 
 
-def test_more_entries_than_slots() -> None:
-    """Empty entries of a short cache outnumber its keys."""
+def test_more_entries_than_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty entries of a short cache outnumber its keys: they are gathered, a part at a time."""
+    monkeypatch.setitem(kernel._GATHER_BYTES, "cpu", 1)
+    parts = spy(monkeypatch, kernel, "_gathered", lambda given, _: given[0].shape[0])
     case = Case(((20,),), block_size=4, top_k=9, queries=2)
     data = inputs(case)
     routes, _ = random_routes(case)
     want = run(case, data, "reference", routes=routes).out
     assert float((run(case, data, "decode", routes=routes).out - want).abs().max()) <= 1e-5
+    assert parts == [1] * (case.hq * 2)
 
 
 def test_one_graph_with_a_position_of_the_device() -> None:

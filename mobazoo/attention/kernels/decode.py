@@ -49,7 +49,12 @@ def decode(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, slot: Tensor, block_s
     head = torch.arange(rows, device=q.device) // length
     number = (head // hq, head % hq // group)
     queries, out = q.reshape(rows, dim), q.new_empty(rows, dim)
-    in_place = k.device.type == "cpu" == q.device.type and q.dtype in (torch.float32, torch.float64)
+    # A sparse row cannot name more columns than there are, which hidden entries of a short cache would.
+    in_place = (
+        k.device.type == "cpu" == q.device.type
+        and q.dtype in (torch.float32, torch.float64)
+        and width <= _table(k)[0].shape[0]
+    )
     limit = _GATHER_BYTES.get(q.device.type, _GATHER_BYTES_DEFAULT) // (2 * dim * q.element_size())
     step = max(1, (_NUMBERS if in_place else limit) // width)
     inside = torch.arange(block_size, device=q.device)
@@ -64,8 +69,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, begin: Tensor, slot: Tensor, block_s
         # Caches keep keys and values alike, and so have the same rows of both.
         alike = k.shape == v.shape and k.stride() == v.stride()
         values = (_table(v)[0], keys[1]) if alike else _numbered(v, at, *base)
-        # A sparse row cannot name more columns than there are, which hidden entries of a short cache would.
-        attend = _sampled if in_place and width <= keys[0].shape[0] else _gathered
+        attend = _sampled if in_place else _gathered
         out[part] = attend(queries[part], *keys, *values, hidden, scale)
     return out.view(q.shape).masked_fill_((begin < 0).all(-1, keepdim=True), 0.0)
 
