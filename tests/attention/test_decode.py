@@ -101,7 +101,7 @@ def test_more_entries_than_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Empty entries of a short cache outnumber its keys: they are gathered, a part at a time."""
     monkeypatch.setitem(kernel._GATHER_BYTES, "cpu", 1)
     parts = spy(monkeypatch, kernel, "_gathered", lambda given, _: given[0].shape[0])
-    case = Case(((20,),), block_size=4, top_k=9, queries=2)
+    case = Case(((20,),), block_size=4, top_k=12, queries=2)
     data = inputs(case)
     routes, _ = random_routes(case)
     want = run(case, data, "reference", routes=routes).out
