@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mobazoo.attention import Full, MoBA, Pattern, Segments, attend
 from mobazoo.attention.backends import triton
-from mobazoo.attention.kernels import triton_slabs
+from mobazoo.attention.kernels import triton_runs, triton_slabs
 from mobazoo.attention.problem import Problem
 from tests.factories import Case, inputs, oracle, random_routes, run, segments_of
 from tests.marks import DEVICES, able
@@ -153,7 +153,7 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "set TRITON_INTERPRET=1" in (triton.unsupported(problem()) or "")
     assert triton.unsupported(problem("cuda")) is None
     monkeypatch.setattr(util, "find_spec", lambda _: None)
-    monkeypatch.setattr(triton, "find_spec", lambda _: None)
+    monkeypatch.setattr(triton_runs, "find_spec", lambda _: None)
     assert "pip install 'mobazoo[triton]'" in (triton.unsupported(problem("cuda")) or "")
 
 

@@ -60,8 +60,8 @@ def gate(
     stop = tl.load(To + b * T + t, mask=ok, other=0).to(tl.int32)
     chooses = stop - first > W  # the others read all they may, and score nothing
     low = tl.min(tl.where(chooses, first, N), 0)
-    high = tl.max(tl.where(chooses, stop, 0), 0)
-    end = tl.where(chooses, stop, first)
+    end = stop * chooses.to(tl.int32)
+    high = tl.max(end, 0)
     head = h * G + g
     dims = tl.arange(0, DP)
     q = load_rows(Q, b * q_b + head * q_h + t * q_t, chooses, dims, D)

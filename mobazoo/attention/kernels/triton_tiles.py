@@ -32,12 +32,14 @@ _LIKE = {"8.9": "8.6"}
 
 # By bytes of one row of a head, ascending. All fit the 99 KiB of shared memory that a program may have on compute
 # capability 8.6, and few registers are spilled or none.
-_ATTENTION = ((128, Tiles(128, 64, 8)), (256, Tiles(64, 64, 8)), (512, Tiles(64, 16, 8)), (1024, Tiles(32, 16, 8)))
+_ATTENTION = ((128, Tiles(128, 64, 8)), (256, Tiles(64, 64, 8)), (512, Tiles(64, 16, 8)), (1024, Tiles(32, 16, 8, 1)))
 _GATE = ((256, Tiles(64, 64, 4)), (512, Tiles(64, 32, 4)), (1024, Tiles(32, 16, 4)))
 DEFAULT = {"forward": _ATTENTION, "backward": _ATTENTION, "keys": _ATTENTION, "gate": _GATE}
 
 # Bytes of shared memory that a program may have, by compute capability; unknown ones get the least.
 SHARED = {"8.0": 163 << 10, "8.6": 99 << 10, "8.9": 99 << 10, "9.0": 227 << 10}
+
+_BETWEEN_WARPS = 1 << 10
 
 # Tiles of rows that a kernel holds, and that one stage streams.
 _HELD = {"forward": 1, "backward": 2, "keys": 2, "gate": 1}
@@ -88,7 +90,7 @@ def capability(device: torch.device) -> str:
 
 
 def shared_bytes(kernels: str, width: int, itemsize: int, held: Tiles) -> int:
-    """Shared memory of a program at the most: tiles held, stages of streamed ones, and a tile of weights.
+    """Shared memory of a program at the most: tiles held, stages of streamed ones, and what passes between warps.
 
     Args:
         kernels: as in ``tiles``.
@@ -96,6 +98,5 @@ def shared_bytes(kernels: str, width: int, itemsize: int, held: Tiles) -> int:
         itemsize: bytes of a number.
         held: tiles.
     """
-    row = width * itemsize
-    streamed = held.stages * _STREAMED[kernels] * held.stream * row
-    return _HELD[kernels] * held.rows * row + streamed + held.rows * held.stream * itemsize
+    tiles_of_rows = _HELD[kernels] * held.rows + held.stages * _STREAMED[kernels] * held.stream
+    return tiles_of_rows * width * itemsize + _BETWEEN_WARPS
