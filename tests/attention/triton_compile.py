@@ -1,7 +1,7 @@
 """Compiles the Triton kernels to PTX without a GPU, as the launches would. Run by ``test_triton_compiles``.
 
-Prints one line a kernel: name, bytes of shared memory, registers that did not fit (spilled bytes), seconds. In a process
-of its own, because Triton decides when it is imported whether it interprets.
+Prints one line a kernel: name, bytes of shared memory, bytes that the table of tiles says, registers that did not fit
+(spilled bytes), seconds. In a process of its own, because Triton decides when it is imported whether it interprets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mobazoo.attention.kernels import triton_backward, triton_forward, triton_gate
-from mobazoo.attention.kernels.triton_tiles import Tiles, entry, gate_tiles, power_of_two
+from mobazoo.attention.kernels.triton_tiles import Tiles, entry, gate_tiles, power_of_two, shared_bytes
 
 INT32 = {"Order", "Edge", "Cell", "First", "Start", "Lo", "Block", "Readers", "BlockFrom", "BlockTo"}
 INT64 = {"Begin", "From", "To"}
@@ -84,7 +84,9 @@ def main(capability: int, element: str, dim: int, block_size: int, reads: int) -
         begin = time.perf_counter()
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         seconds = time.perf_counter() - begin
-        print(kernel.__name__, built.metadata.shared, spilled(built.asm["ptx"], capability), f"{seconds:.1f}", flush=True)
+        counted = shared_bytes(kernels, power_of_two(dim), itemsize, held)
+        spills = spilled(built.asm["ptx"], capability)
+        print(kernel.__name__, built.metadata.shared, counted, spills, f"{seconds:.1f}", flush=True)
 
 
 def spilled(ptx: str, capability: int) -> int:
