@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mobazoo.attention.gates import TORCH, TRITON
 from mobazoo.files import write_whole
 from mobazoo.results import command, machine
-from mobazoo.attention.gates import TORCH, TRITON
 from tools.gpu_shapes import SHAPES, Run, Shape, by_blocks, full, gate, inputs, verify, verify_gate
 from tools.gpu_tiles import tune
 
@@ -101,7 +102,7 @@ def measure(shape: Shape, device: str) -> dict[str, Any]:
         for name, call in some.items()
     }
     for by in (TORCH, TRITON):
-        calls["gate", f"the gate by {by}"] = lambda by=by: void(gate(*tensors[:2], shape.pattern, by))
+        calls["gate", f"the gate by {by}"] = partial(choose, shape, tensors, by)
     for (kind, name), work in calls.items():
         rows[name] = {"kind": kind, "seconds": []}
         try:
@@ -137,8 +138,9 @@ def step(run: Run, tensors: list[Tensor], *, backward: bool) -> Callable[[], Non
     return work
 
 
-def void(_: object) -> None:
-    """Lets a result go."""
+def choose(shape: Shape, tensors: list[Tensor], by: str) -> None:
+    """Centroids and choice alone."""
+    gate(tensors[0], tensors[1], shape.pattern, by)
 
 
 def once(work: Callable[[], None], device: str) -> tuple[float, int]:

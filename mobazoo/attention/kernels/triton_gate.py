@@ -58,13 +58,15 @@ def gate(
     ok, t, g = queries_of_tile(i, 0, T, G, BM)
     first = tl.load(From + b * T + t, mask=ok, other=0).to(tl.int32)
     stop = tl.load(To + b * T + t, mask=ok, other=0).to(tl.int32)
-    chooses = stop - first > W  # the others read all they may, and score nothing
-    low = tl.min(tl.where(chooses, first, N), 0)
-    end = stop * chooses.to(tl.int32)
+    # 1 where a query chooses, 0 where it reads all it may, which scores nothing. A number, because Triton 3.6 loses the
+    # layout of a condition that is used in several (its pass that removes layout conversions fails).
+    chooses = tl.minimum(tl.maximum(stop - first - W, 0), 1)
+    low = tl.min(first + (1 - chooses) * N, 0)
+    end = stop * chooses
     high = tl.max(end, 0)
     head = h * G + g
     dims = tl.arange(0, DP)
-    q = load_rows(Q, b * q_b + head * q_h + t * q_t, chooses, dims, D)
+    q = load_rows(Q, b * q_b + head * q_h + t * q_t, ok, dims, D)
     place = tl.zeros([BM, KEPT], tl.int64) + tl.arange(0, KEPT)[None, :]
     kept = tl.where(place < W, SMALLEST + place, BIGGEST)
     for tile in range(0, tl.cdiv(tl.maximum(high - low, 0), BN)):
@@ -74,23 +76,21 @@ def gate(
         scores = tl.where((col[None, :] >= first[:, None]) & (col[None, :] < end[:, None]), scores, HIDDEN)
         best = tl.max(scores, 1)
         worst = tl.min(kept, 1)
-        enters = best > (worst >> 32).to(tl.int32)
-        more = tl.max(enters.to(tl.int32), 0)
-        while more > 0:
+        gain = best.to(tl.int64) - (worst >> 32)
+        while tl.max(gain, 0) > 0:
             block = tl.max(tl.where(scores == best[:, None], col[None, :], -1), 1)
             key = (best.to(tl.int64) << 32) + block
-            kept = tl.where(enters[:, None] & (kept == worst[:, None]), key[:, None], kept)
+            kept = tl.where((gain[:, None] > 0) & (kept == worst[:, None]), key[:, None], kept)
             # A row that takes nothing now takes nothing later: its best may go as well.
             scores = tl.where(col[None, :] == block[:, None], HIDDEN, scores)
             best = tl.max(scores, 1)
             worst = tl.min(kept, 1)
-            enters = best > (worst >> 32).to(tl.int32)
-            more = tl.max(enters.to(tl.int32), 0)
+            gain = best.to(tl.int64) - (worst >> 32)
     kept = tl.where(place < W, kept, SMALLEST)
     at = ((b * (HKV * G) + head) * T + t) * W
     for w in range(W):
         key = tl.max(kept, 1)
         kept = tl.where(kept == key[:, None], SMALLEST, kept)
         recent = tl.where(stop - 1 - w >= first, stop - 1 - w, -1)
-        block = tl.where(chooses, key.to(tl.int32), recent)
+        block = tl.where((key >> 32) > HIDDEN, key.to(tl.int32), recent)  # nothing was kept where nothing was chosen
         tl.store(Index + at + w, block.to(Index.dtype.element_ty), mask=ok)
