@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from itertools import product
 from statistics import median
@@ -29,24 +30,26 @@ def tune(device: str, seconds: float) -> dict[str, Any]:
     """Times candidates of each kernel by head dim, about ``seconds`` in all, in bfloat16; the report's section."""
     dry = device == "cpu"
     shape = Shape(1, 16, 4, 1 << 15, 128, 8, backward=True)
-    shapes = [shape.small()] if dry else [Shape(**{**vars(shape), "dim": dim}) for dim in _DIMS]
+    shapes = [shape.small()] if dry else [replace(shape, dim=dim) for dim in _DIMS]
     share = seconds / (len(shapes) * len(KERNELS))
-    lines, rows, right = ["| kernels | head dim | tried | default ms | best ms | best |", "| --- " * 6 + "|"], [], True
+    lines = ["| kernels | head dim | tried | default ms | best ms | best |", "| --- " * 6 + "|"]
+    rows: list[str] = []
+    mistakes: list[str] = []
     for one in shapes:
         work = works(one, device)
         for kernels in KERNELS:
             key = (capability(torch.device(device)), kernels, one.dim, one.dtype.itemsize)
             times, wrong = trials(work[kernels], key, share, 2 if dry else None)
             usual, best = next(iter(times)), min(times, key=lambda held: times[held])
-            lines.append(
-                f"| {kernels} | {one.dim} | {len(times)} | {1e3 * times[usual]:.2f} | {1e3 * times[best]:.2f} | {best} |"
-            )
-            lines += [f"\nWrong results: {kernels}, head dim {one.dim}, {held}" for held in wrong]
-            right = right and not wrong
+            ms = f"{1e3 * times[usual]:.2f} | {1e3 * times[best]:.2f}"
+            lines.append(f"| {kernels} | {one.dim} | {len(times)} | {ms} | {best} |")
+            mistakes += [f"Wrong results: {kernels}, head dim {one.dim}, {held}." for held in wrong]
             if times[best] < _WORTH * times[usual]:
-                rows.append(f"    {key}: Tiles({best.rows}, {best.stream}, {best.warps}, {best.stages}),".replace("'", '"'))
-    found = ["", "Rows for `triton_tiles.MEASURED`:", "", "```python", *rows, "```"] if rows else ["", "The default stays."]
-    return {"right": right, "said": "Tile sizes that were tried, the default first.", "lines": ["", *lines, *found]}
+                row = f"    {key}: Tiles({best.rows}, {best.stream}, {best.warps}, {best.stages}),"
+                rows.append(row.replace("'", '"'))
+    found = ["Rows for `triton_tiles.MEASURED`:", "", "```python", *rows, "```"] if rows else ["The default stays."]
+    lines += ["", *mistakes, "", *found]
+    return {"right": not mistakes, "said": "Tile sizes that were tried, the default first.", "lines": ["", *lines]}
 
 
 def works(shape: Shape, device: str) -> dict[str, Work]:

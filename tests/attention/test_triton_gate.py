@@ -22,16 +22,15 @@ from tests.marks import DEVICES
 ON = [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES]
 SHORT = (torch.bfloat16, torch.float16)
 
-PACKED = Case(((1, 100, -2, 37), (-30, 80, -30)), 8, 3, 4, 2, 64)
+PACKED = Case(((1, 50, -2, 17), (-10, 50, -10)), 8, 3, 2, 1, 64)
 CASES = {
     "packed": PACKED,
-    "two tiles of blocks": Case(((150,),), 2, 4, 2, 1, 16),
-    "the 64 best": Case(((160,),), 2, 64, 2, 2, 16),
-    "groups of 3, head dim 96": replace(PACKED, hq=3, hkv=1, dim=96),
+    "two tiles of blocks": Case(((150,),), 2, 4, 2, 1, 16, queries=40),
+    "the 64 best": Case(((150,),), 2, 64, 2, 2, 16, queries=12),
+    "groups of 3, head dim 96": replace(PACKED, hq=6, hkv=2, dim=96, queries=30, first=35),
     "odd head dim": replace(PACKED, dim=33, top_k=2),
-    "decode": replace(PACKED, hq=8, queries=1, top_k=4),
-    "chunk": replace(PACKED, queries=40, first=60),
-    "more blocks than there are": replace(PACKED, top_k=30),
+    "decode": replace(PACKED, hq=8, hkv=2, queries=1, first=45, top_k=4),
+    "more than there are": replace(PACKED, top_k=9, queries=30, first=30),
 }
 
 
@@ -67,10 +66,10 @@ def test_the_same_table_as_torch(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ON)
-@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("width", [1, 8, 64, 130])
 def test_ties_fall_to_the_most_recent(width: int, device: str) -> None:
     latest_first = list(range(width - 1, -1, -1))
-    for top_k in (2, 9, 65):
+    for top_k in (2, 9, 40):
         want = latest_first[: top_k - 1] + [-1] * (top_k - 1 - width)
         assert routed([-0.0] * width, top_k, by="triton", device=device) == want
     if width > 5:
@@ -92,9 +91,9 @@ def test_order_of_signed_scores(device: str) -> None:
 def test_not_a_number_never_leaves_the_range(value: float, device: str) -> None:
     data = inputs(PACKED, device=device)
     spots = torch.rand(data.q.shape[2:], generator=torch.Generator().manual_seed(1)).to(device) < 0.01
-    for q in (torch.where(spots, value, data.q), torch.full_like(data.q, value)):
-        k = torch.where(spots, value, data.k)
-        check_invariants(PACKED, routes_on(gate_routes(PACKED, q, k, by="triton"), "cpu"))
+    q, k = (torch.where(spots, value, x) for x in (data.q, data.k))
+    q[:, :, ::2] = value
+    check_invariants(PACKED, routes_on(gate_routes(PACKED, q, k, by="triton"), "cpu"))
 
 
 @pytest.mark.parametrize("device", ON)
@@ -112,22 +111,26 @@ def test_many_blocks_are_numbered_in_int32(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", ON)
-@pytest.mark.parametrize("name", MEANS)
-def test_centroids(name: str, device: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("whole", torch.bfloat16), ("ones", torch.float32), ("large_blocks", torch.float32)]
+    + [("packed", dtype) for dtype in (torch.float32, *SHORT)],
+    ids=str,
+)
+def test_centroids(name: str, dtype: torch.dtype, device: str) -> None:
     case = MEANS[name]
-    for dtype in (torch.float32, *SHORT):
-        k = inputs(case, dtype, device).k
-        got = of(case, k, "triton")
-        check_means(case, k.cpu(), replace(got, mean=got.mean.cpu(), start=got.start.cpu(), doc=got.doc.cpu()))
+    k = inputs(case, dtype, device).k
+    got = of(case, k, "triton")
+    check_means(case, k.cpu(), replace(got, mean=got.mean.cpu(), start=got.start.cpu(), doc=got.doc.cpu()))
 
 
 @pytest.mark.parametrize("device", ON)
 def test_strided_keys_and_queries(device: str) -> None:
     """Heads inside tokens, and a last dimension that is not dense."""
     data = inputs(PACKED, device=device)
-    want = gate_routes(PACKED, data.q, data.k, by="triton").index
+    want = gate_routes(PACKED, data.q.sign(), data.k.sign()).index
     for turn in ((1, 2), (2, 3)):
-        q, k = (x.transpose(*turn).contiguous().transpose(*turn) for x in (data.q, data.k))
+        q, k = (x.sign().transpose(*turn).contiguous().transpose(*turn) for x in (data.q, data.k))
         assert torch.equal(gate_routes(PACKED, q, k, by="triton").index, want)
 
 

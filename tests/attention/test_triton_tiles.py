@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobazoo.attention.kernels import triton_tiles
-from mobazoo.attention.kernels.triton_tiles import DEFAULT, MEASURED, SHARED, Tiles, entry, gate_tiles, shared_bytes, tiles
+from mobazoo.attention.kernels import triton_runs, triton_tiles
+from mobazoo.attention.kernels.triton_tiles import (
+    DEFAULT,
+    MEASURED,
+    SHARED,
+    Tiles,
+    entry,
+    gate_tiles,
+    shared_bytes,
+    tiles,
+)
 
 CPU = torch.device("cpu")
 SAFE = min(SHARED.values())
@@ -41,3 +50,11 @@ def test_a_measured_row_is_for_its_architecture_alone(monkeypatch: pytest.Monkey
 def test_a_gate_that_keeps_many_holds_fewer_rows() -> None:
     rows = [gate_tiles(128, 2, 1000, reads, 1000, CPU).rows for reads in (1, 32, 33, 64, 65, 128)]
     assert rows == [64, 64, 32, 32, 16, 16]
+
+
+def test_first_use_says_that_it_compiles(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "mobazoo.attention"):
+        triton_runs.begin.__wrapped__("gate", torch.bfloat16, 96, "cuda")
+    assert caplog.messages == [
+        "backend triton: the first gate in torch.bfloat16 with head dim 96 compiles its kernels, which takes seconds"
+    ]

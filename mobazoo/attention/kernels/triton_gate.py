@@ -69,7 +69,7 @@ def gate(
     q = load_rows(Q, b * q_b + head * q_h + t * q_t, ok, dims, D)
     place = tl.zeros([BM, KEPT], tl.int64) + tl.arange(0, KEPT)[None, :]
     kept = tl.where(place < W, SMALLEST + place, BIGGEST)
-    for tile in range(0, tl.cdiv(tl.maximum(high - low, 0), BN)):
+    for tile in range(tl.cdiv(tl.maximum(high - low, 0), BN)):
         col = high - (tile + 1) * BN + tl.arange(0, BN)
         mean = load_rows(Mean, b * m_b + h * m_h + col.to(tl.int64) * m_n, col >= low, dims, D)
         scores = ordered(tl.dot(q, tl.trans(mean), input_precision="ieee"))

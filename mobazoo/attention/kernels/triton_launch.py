@@ -11,6 +11,7 @@ from mobazoo.attention.kernels.triton_runs import begin
 from mobazoo.attention.kernels.triton_slabs import Layout, Slab, lists, slabs
 from mobazoo.attention.kernels.triton_tiles import Tiles, power_of_two, tiles
 
+
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``[B, Hq, T, D]`` and log-sum-exp to the base 2, float32 ``[B, Hq, T]``; padding gets zeros and -inf.
 

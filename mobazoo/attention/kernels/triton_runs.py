@@ -48,4 +48,5 @@ def begin(way: str, dtype: torch.dtype, dim: int, device: str) -> None:
     if device == "cpu":
         import_module("mobazoo.attention.kernels.triton_interpret").mend()
     else:
-        log.info("backend triton: the first %s in %s with head dim %d compiles its kernels", way, dtype, dim)
+        said = "backend triton: the first %s in %s with head dim %d compiles its kernels, which takes seconds"
+        log.info(said, way, dtype, dim)

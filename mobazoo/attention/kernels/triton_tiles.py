@@ -33,7 +33,7 @@ _LIKE = {"8.9": "8.6"}
 # By bytes of one row of a head, ascending. All fit the 99 KiB of shared memory that a program may have on compute
 # capability 8.6, and few registers are spilled or none.
 _ATTENTION = ((128, Tiles(128, 64, 8)), (256, Tiles(64, 64, 8)), (512, Tiles(64, 16, 8)), (1024, Tiles(32, 16, 8, 1)))
-_GATE = ((256, Tiles(64, 64, 4)), (512, Tiles(64, 32, 4)), (1024, Tiles(32, 16, 4)))
+_GATE = ((256, Tiles(64, 64, 4)), (512, Tiles(32, 32, 4)), (1024, Tiles(32, 16, 4)))
 DEFAULT = {"forward": _ATTENTION, "backward": _ATTENTION, "keys": _ATTENTION, "gate": _GATE}
 
 # Bytes of shared memory that a program may have, by compute capability; unknown ones get the least.
