@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("tests", *SHAPES, "tiles")
 _SECONDS = 240.0  # of measuring a section, after the first call of each candidate
 _TUNING = 420.0  # of trying tile sizes, compiling included
-_ROUNDS = 7
+_ROUNDS = {"cuda": 7, "cpu": 2}
 
 
 def main() -> int:
@@ -111,7 +111,7 @@ def measure(shape: Shape, device: str) -> dict[str, Any]:
         except (RuntimeError, torch.OutOfMemoryError) as error:  # a report says who could not, and goes on
             rows[name]["cannot"] = str(error).splitlines()[0][:160]
     begin = time.perf_counter()
-    for number in range(_ROUNDS):  # in turn, so that a clock that drifts favours nobody
+    for number in range(_ROUNDS[device]):  # in turn, so that a clock that drifts favours nobody
         if number and (time.perf_counter() - begin) * (number + 1) / number > _SECONDS:
             break
         for name, work in able.items():

@@ -39,7 +39,7 @@ def tune(device: str, seconds: float) -> dict[str, Any]:
         work = works(one, device)
         for kernels in KERNELS:
             key = (capability(torch.device(device)), kernels, one.dim, one.dtype.itemsize)
-            times, wrong = trials(work[kernels], key, share, 2 if dry else None)
+            times, wrong = trials(work[kernels], key, share, dry=dry)
             usual, best = next(iter(times)), min(times, key=lambda held: times[held])
             ms = f"{1e3 * times[usual]:.2f} | {1e3 * times[best]:.2f}"
             lines.append(f"| {kernels} | {one.dim} | {len(times)} | {ms} | {best} |")
@@ -79,7 +79,7 @@ def candidates(key: tuple[str, str, int, int]) -> Iterator[Tiles]:
 
 
 def trials(
-    work: Work, key: tuple[str, str, int, int], seconds: float, most: int | None
+    work: Work, key: tuple[str, str, int, int], seconds: float, *, dry: bool
 ) -> tuple[dict[Tiles, float], list[Tiles]]:
     """Seconds by candidate, the first one's first, and those whose results are not the first one's."""
     times: dict[Tiles, float] = {}
@@ -88,12 +88,12 @@ def trials(
     refused = (RuntimeError, import_module("triton.runtime.errors").TritonError)
     begin = time.perf_counter()
     for number, held in enumerate(candidates(key)):
-        if number and (time.perf_counter() - begin > seconds or number == most):
+        if number and (time.perf_counter() - begin > seconds or (dry and number == 2)):
             break
         with patch.dict(MEASURED, {key: held}):
             try:
                 got = work()  # compiles
-                spent = [_once(work) for _ in range(_ROUNDS)]
+                spent = [_once(work) for _ in range(1 if dry else _ROUNDS)]
             except refused:  # too many registers or bytes for this machine: no candidate
                 if not times:
                     raise

@@ -17,7 +17,7 @@ ALL = [
     (capability, *kind, *sizes)
     for capability in (80, 86, 90)
     for kind in KINDS
-    for sizes in ((16, 1), (128, 7), (128, 63))
+    for sizes in ((16, 1), (128, 63))
 ]
 
 

@@ -39,7 +39,7 @@ DEFAULT = {"forward": _ATTENTION, "backward": _ATTENTION, "keys": _ATTENTION, "g
 # Bytes of shared memory that a program may have, by compute capability; unknown ones get the least.
 SHARED = {"8.0": 163 << 10, "8.6": 99 << 10, "8.9": 99 << 10, "9.0": 227 << 10}
 
-_BETWEEN_WARPS = 1 << 10
+_BETWEEN_WARPS = 2 << 10
 
 # Tiles of rows that a kernel holds, and that one stage streams.
 _HELD = {"forward": 1, "backward": 2, "keys": 2, "gate": 1}
