@@ -14,7 +14,7 @@ from mobazoo.attention import Full, MoBA, Pattern, Segments, attend
 from mobazoo.attention.backends import triton
 from mobazoo.attention.kernels import triton_runs, triton_slabs
 from mobazoo.attention.problem import Problem
-from tests.factories import Case, inputs, oracle, random_routes, run, segments_of
+from tests.factories import Case, inputs, oracle, random_routes, routes_on, run, segments_of
 from tests.marks import DEVICES, able
 from tests.tolerance import check
 
@@ -96,6 +96,20 @@ def test_the_same_bits_every_time(device: str) -> None:
     first, second = (run(case, data, "triton", routes=routes, grad=True) for _ in range(2))
     for a, b in zip(first.tensors, second.tensors, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device", ON)
+def test_first_slot_may_be_a_number_on_the_device(device: str) -> None:
+    """As in a CUDA graph, where a host integer would stay what it was."""
+    case = replace(CASES["chunk"], queries=5)
+    data, segments = inputs(case, device=device), segments_of(case.rows, device)
+    routes = routes_on(random_routes(case)[0], device)
+    given = (*data.qkv, routes.index, routes.start, segments.doc, segments.pos)
+    fixed, free = (
+        torch.ops.mobazoo.triton(*given, *start, case.block_size, 0.125)[0]
+        for start in ((40, None), (0, torch.tensor(40, device=device)))
+    )
+    assert torch.equal(fixed, free)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

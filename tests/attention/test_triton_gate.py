@@ -165,6 +165,20 @@ def test_only_the_triton_backend_takes_it(monkeypatch: pytest.MonkeyPatch) -> No
         assert kinds == ["triton", "torch"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_scores_never_reach_memory() -> None:
+    """They would take 256 MiB in float32; documents, ranges and the choice take a few."""
+    q, k = (torch.randn(1, heads, 1 << 14, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 1))
+    segments = Segments.single(1, 1 << 14, "cuda")
+    known = centroids(k, 16, segments, "triton")
+    route(q, known, MoBA(16, 8), segments, by="triton")  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    route(q, known, MoBA(16, 8), segments, by="triton")
+    assert torch.cuda.max_memory_allocated() - before < 8 << 20
+
+
 def test_says_why_not() -> None:
     data = inputs(PACKED, torch.float64)
     segments = segments_of(PACKED.rows)
