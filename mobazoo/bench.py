@@ -121,7 +121,7 @@ def _markdown(results: list[tuple[Result, str]], suite: str) -> str:
         "|" + " --- |" * len(HEADER),
         *("| " + " | ".join(_cells(result, bound)) + " |" for result, bound in results),
         "",
-        "Where the forward spends its time (gate and own blocks timed alone, the rest from a profiled run):",
+        "Where a thread spends the forward of one key head (gate and own blocks timed alone, the rest profiled):",
         "",
         *(f"- {_stages_line(result)}" for result, _ in results if result.stages),
     ]

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from mobazoo.attention import Full, MoBA, Pattern, Segments, attend, centroids, route
+from mobazoo.attention import Full, MoBA, Pattern, Routes, Segments, attend, centroids, route
 from mobazoo.attention.auto import choose
 from mobazoo.attention.kernels import cpu
+from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.problem import Problem
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -139,7 +140,7 @@ def measured(cases: list[tuple[Case, str]], rounds: int, console: Console) -> li
     return results
 
 
-def seconds(work: Callable[[], None]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     """Wall time of one call."""
     begin = time.perf_counter()
     work()
@@ -167,25 +168,37 @@ _STAGE_OF = {
 
 
 def stages(case: Case) -> dict[str, float]:
-    """Where a forward of the CPU flash path spends its time, in seconds by stage, from one profiled run."""
+    """Where one of the threads spends a forward of the CPU flash path, in seconds by stage.
+
+    A thread has whole key heads to itself, so that this runs one key head on one thread: once with a profiler, and
+    gate and own blocks alone.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _stages(replace(case, query_heads=case.query_heads // case.key_heads, key_heads=1))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _stages(case: Case) -> dict[str, float]:
     q, k, v = (x.detach() for x in inputs(case))
-    pattern = MoBA(case.block_size, case.top_k)
+    pattern, scale = MoBA(case.block_size, case.top_k), case.head_dim**-0.5
     segments = Segments.single(case.batch, case.length)
-    routes = route(q, centroids(k, pattern.block_size, segments), pattern, segments)
-    fixed = (segments.doc, segments.pos, 0, pattern.block_size, case.head_dim**-0.5)
-    cpu.forward(q, k, v, routes.index, routes.start, *fixed)
+
+    def gate() -> Routes:
+        return route(q, centroids(k, pattern.block_size, segments), pattern, segments)
+
+    routes = gate()
+    layout = Layout.of(segments, routes, 0)
+    own = replace(layout, index=routes.index[..., :0])
+    cpu.forward(q, k, v, layout, scale)
     took = {
-        "gate": min(
-            seconds(lambda: (route(q, centroids(k, pattern.block_size, segments), pattern, segments), None)[1])
-            for _ in range(3)
-        ),
-        "own blocks": min(
-            seconds(lambda: (cpu.forward(q, k, v, routes.index[..., :0], routes.start, *fixed), None)[1])
-            for _ in range(3)
-        ),
+        "gate": min(seconds(gate) for _ in range(3)),
+        "own blocks": min(seconds(lambda: cpu.forward(q, k, v, own, scale)) for _ in range(3)),
     }
     with profile(activities=[ProfilerActivity.CPU]) as prof:
-        total = seconds(lambda: (cpu.forward(q, k, v, routes.index, routes.start, *fixed), None)[1])
+        total = seconds(lambda: cpu.forward(q, k, v, layout, scale))
     spent = {"sort": 0.0, "gather": 0.0, "routed kernel": -took["own blocks"]}
     for event in prof.key_averages():
         stage = _STAGE_OF.get(event.key)

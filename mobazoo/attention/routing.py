@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from mobazoo.attention.blocks import UNUSED, Centroids
 from mobazoo.attention.gates import TORCH, TRITON, check_by
 from mobazoo.attention.heap import keep_heap
+from mobazoo.attention.lanes import Piece, pieces, spread
 from mobazoo.attention.pattern import MoBA
 from mobazoo.attention.segments import Segments
 from mobazoo.errors import InputError
@@ -20,11 +20,14 @@ EMPTY = -1
 
 # Working memory of the gate, in bytes. On a CPU a chunk should live in cache, on a GPU it should fill the
 # machine; both are far below the 1 GiB that `route` promises.
-_CHUNK_BYTES = {"cpu": 16 << 20}
+_CHUNK_BYTES = {"cpu": 8 << 20}
 _CHUNK_BYTES_DEFAULT = 256 << 20
 # One score costs float32 score, int32 order, int64 key, and as much again inside top-k; one query its float32 copy.
 _BYTES_PER_SCORE = 32
 _BYTES_PER_QUERY_DIM = 8
+
+# Queries of all heads, at least, that are work enough for a thread of ours.
+_LEAST = 8192
 
 # Blocks whose maximum stands for them in the first round of the selection.
 _RUN = 8
@@ -111,42 +114,60 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str 
 
     ``first`` and ``stop`` are ``[B, T]`` and do not decrease along a row.
     """
-    batch, hq, length, dim = q.shape
+    batch, hq, length, _ = q.shape
     hkv, n = mean.shape[1], mean.shape[2]
     if by == TRITON and batch * hq * length * n * k:
         index = torch.empty(batch, hq, length, k, dtype=_index_dtype(n), device=q.device)
         import_module("mobazoo.attention.kernels.triton_route").choose(q, mean, first, stop, index)
         return index
-    # Whoever may read k blocks or fewer reads them all; only the others choose.
-    chooses = (stop - first > k)[..., None]
+    # Whoever may read k blocks or fewer reads them all, the most recent first; only the others choose.
     recent = stop[..., None] - 1 - torch.arange(k, device=q.device)  # [B, T, k]
     recent = torch.where(recent >= first[..., None], recent, EMPTY).to(_index_dtype(n))
     index = recent[:, None].repeat(1, hq, 1, 1)
     if k == 0 or n == 0:
         return index
-    if q.device.type == "cpu":
-        keep_heap()
     group = hq // hkv
     grouped = index.unflatten(1, (hkv, group))  # [B, Hkv, G, T, K - 1]
-    # Key heads together where one query's scores and the centroids' float32 copy are small, else a few at a time.
-    heads = max(1, min(hkv, _CHUNK_BYTES_DEFAULT // (n * (_BYTES_PER_SCORE * group + 4 * dim))))
-    for b, j in product(range(batch), range(0, hkv, heads)):
-        centroid = mean[b, j : j + heads].float().transpose(1, 2)  # [h, D, N]
-        queries = q[b].unflatten(0, (hkv, group))[j : j + heads]  # [h, G, T, D]
-        for t0, t1, n0, n1 in _chunks(first[b], stop[b], queries.shape, n, k):
-            width = min(k, n1 - n0)
-            chunk = queries[:, :, t0:t1].float().flatten(1, 2)  # [h, G * t, D]
-            keys = _sort_keys(torch.bmm(chunk, centroid[:, :, n0:n1])).unflatten(1, (group, -1))
-            _hide(keys, first[b, t0:t1], stop[b, t0:t1], n0, n1)
-            best = _top(keys, width)  # [h, G, t, width]
-            chosen = torch.where(chooses[b, t0:t1], (best & 0xFFFFFFFF) + n0, recent[b, t0:t1, :width])
-            grouped[b, j : j + heads, :, t0:t1, :width] = chosen.to(index.dtype)
+
+    def choose(piece: Piece) -> None:
+        b, tokens = piece.row, piece.tokens
+        queries = q[b].unflatten(0, (hkv, group))[piece.heads, :, tokens]
+        _choose(queries, mean[b, piece.heads], first[b, tokens], stop[b, tokens], grouped[b, piece.heads, :, tokens])
+
+    if q.device.type == "cpu":
+        keep_heap()
+        spread(choose, pieces(batch, hkv, length, _LEAST // group, most=length))
+    else:
+        for b in range(batch):
+            choose(Piece(b, slice(0, hkv), slice(0, length), 0))
     return index
 
 
 @_gate.register_fake
 def _(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str = TORCH) -> Tensor:
     return q.new_empty((*q.shape[:3], k), dtype=_index_dtype(mean.shape[2]))
+
+
+def _choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) -> None:
+    """Writes the best blocks of queries that have a choice into ``index`` [h, G, t, k], where the recent ones stand.
+
+    ``q`` is ``[h, G, t, D]``, ``mean`` ``[h, N, D]``, ``first`` and ``stop`` ``[t]``.
+    """
+    hkv, group, _, dim = q.shape
+    n, k = mean.shape[1], index.shape[3]
+    chooses = (stop - first > k)[:, None]
+    # Key heads together where one query's scores and the centroids' float32 copy are small, else a few at a time.
+    heads = max(1, min(hkv, _CHUNK_BYTES_DEFAULT // (n * (_BYTES_PER_SCORE * group + 4 * dim))))
+    for j in range(0, hkv, heads):
+        some = slice(j, j + heads)
+        centroid = mean[some].float().transpose(1, 2)  # [h, D, N]
+        for t0, t1, n0, n1 in _chunks(first, stop, q[some].shape, n, k):
+            place = index[some, :, t0:t1, : min(k, n1 - n0)]
+            chunk = q[some, :, t0:t1].float().flatten(1, 2)  # [h, G * t, D]
+            keys = _sort_keys(torch.bmm(chunk, centroid[:, :, n0:n1])).unflatten(1, (group, -1))
+            _hide(keys, first[t0:t1], stop[t0:t1], n0, n1)
+            best = _top(keys, place.shape[3])  # [h, G, t, width]
+            place.copy_(torch.where(chooses[t0:t1], (best & 0xFFFFFFFF) + n0, place))
 
 
 def _chunks(first: Tensor, stop: Tensor, queries: torch.Size, n: int, k: int) -> list[tuple[int, int, int, int]]:

@@ -104,10 +104,9 @@ def test_first_slot_may_be_a_number_on_the_device(device: str) -> None:
     case = replace(CASES["chunk"], queries=5)
     data, segments = inputs(case, device=device), segments_of(case.rows, device)
     routes = routes_on(random_routes(case)[0], device)
-    given = (*data.qkv, routes.index, routes.start, segments.doc, segments.pos)
     fixed, free = (
-        torch.ops.mobazoo.triton(*given, *start, case.block_size, 0.125)[0]
-        for start in ((40, None), (0, torch.tensor(40, device=device)))
+        triton.run(*data.qkv, segments=segments, routes=routes, q_start=start, scale=0.125)
+        for start in (40, torch.tensor(40, device=device))
     )
     assert torch.equal(fixed, free)
 
@@ -122,9 +121,10 @@ def test_operator_is_what_it_says(sparse: bool) -> None:
     # [B, T, H, D] in memory, so that a fake which keeps strides shows
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs(case).qkv]
     table = (routes.index, routes.start) if routes else (None, None)
+    bounds = (segments.max_docs, segments.max_len, segments.whole)
     torch.library.opcheck(
         torch.ops.mobazoo.triton.default,
-        (*tensors, *table, segments.doc, segments.pos, 0, None, case.block_size, 0.25),
+        (*tensors, *table, segments.doc, segments.pos, 0, None, case.block_size, 0.25, *bounds, ""),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -15,6 +15,7 @@ from mobazoo.attention import MoBA, Routes, Segments, centroids, route
 from mobazoo.attention.backends import reference
 from mobazoo.attention.kernels import slabs, varlen
 from mobazoo.attention.kernels.fit import Fitted, Provider
+from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.kernels.providers import Aten
 from tests.attention.varlen_stub import Stub
 
@@ -93,25 +94,11 @@ def routes_of(case: Case, q: Tensor, k: Tensor, segments: Segments) -> Routes | 
     return route(q, known, MoBA(case.block_size, case.top_k), segments, case.q_start)
 
 
-def layout_of(case: Case, segments: Segments, routes: Routes | None) -> varlen.Layout:
-    return varlen.Layout(
-        segments.doc,
-        segments.pos,
-        routes.index if routes else None,
-        routes.start if routes else None,
-        case.q_start,
-        case.block_size,
-        segments.max_docs,
-        segments.max_len,
-        segments.whole,
-    )
-
-
 def check(case: Case, provider: Provider | None = None, segments: Segments | None = None) -> None:
     q, k, v, dout = tensors_of(case)
     segments = segments or segments_of(case.rows)
     routes = routes_of(case, q, k, segments)
-    layout, scale = layout_of(case, segments, routes), 0.3
+    layout, scale = Layout.of(segments, routes, case.q_start), 0.3
     provider = provider or Stub()
 
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -189,7 +176,7 @@ def test_keys_are_read_in_place() -> None:
         q, k, v, _ = tensors_of(case)
         segments, stub = segments_of("whole"), Stub()
         routes = routes_of(case, q, k, segments)
-        varlen.forward(q, k, v, layout_of(case, segments, routes), 1.0, stub)
+        varlen.forward(q, k, v, Layout.of(segments, routes, case.q_start), 1.0, stub)
         for _, keys, _ in stub.calls:
             assert keys.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
 
@@ -200,7 +187,7 @@ def test_slab_holds_no_more_than_it_says(monkeypatch: pytest.MonkeyPatch) -> Non
         case = Case("packed", heads=(8, 2), top_k=4, strides=strides)
         q, k, v, dout = tensors_of(case)
         segments, stub = segments_of("packed"), Stub()
-        layout = layout_of(case, segments, routes_of(case, q, k, segments))
+        layout = Layout.of(segments, routes_of(case, q, k, segments), case.q_start)
         out, lse = varlen.forward(q, k, v, layout, 1.0, stub)
         gathered = [2 * x.nbytes for x, _, runs in stub.calls if not runs.causal]
         assert 0 < max(gathered) <= 100_000
@@ -217,7 +204,7 @@ def test_rounds_once() -> None:
     segments = segments_of("packed")
     routes = routes_of(case, q, k, segments)
     want = reference.run(q.double(), k.double(), v.double(), segments=segments, routes=routes, q_start=0, scale=0.3)
-    out, lse = varlen.forward(q, k, v, layout_of(case, segments, routes), 0.3, Stub())
+    out, lse = varlen.forward(q, k, v, Layout.of(segments, routes, case.q_start), 0.3, Stub())
     assert out.dtype == torch.bfloat16
     assert lse.dtype == torch.float32
     # Two roundings, each half a unit in the last place of a value no larger than the largest |v| that was read.
@@ -247,7 +234,7 @@ def test_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, case: Case,
     monkeypatch.setattr(slabs, "SLAB_BYTES", bound)
     q, k, v, dout = (x.bfloat16() for x in tensors_of(case))
     segments = segments_of(case.rows)
-    layout = layout_of(case, segments, routes_of(case, q, k, segments))
+    layout = Layout.of(segments, routes_of(case, q, k, segments), case.q_start)
     with FakeTensorMode():
         fake = {name: hollow(x) for name in layout.__slots__ if isinstance(x := getattr(layout, name), Tensor)}
         layout = replace(layout, **fake)
@@ -274,7 +261,7 @@ def test_padding_is_never_looked_at(block_size: int) -> None:
         q, k, v, dout = (x.masked_fill(padding[:, None, :, None], torch.nan) if poisoned else x for x in tensors)
         if poisoned and routes is not None:
             routes = replace(routes, index=routes.index.masked_fill(padding[:, None, :, None], 0))
-        layout = layout_of(case, segments, routes)
+        layout = Layout.of(segments, routes, case.q_start)
         out, lse = varlen.forward(q, k, v, layout, 0.3, Stub())
         results.append((out, lse, *varlen.backward(dout, q, k, v, out, lse, layout, 0.3, Stub())))
     for clean, poisoned in zip(*results, strict=True):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mobazoo.attention.kernels.layout import Layout
+from mobazoo.attention.kernels.operators import dense, operator
 from mobazoo.attention.kernels.triton_runs import refuses
 from mobazoo.attention.problem import Problem
 from mobazoo.attention.routing import Routes
@@ -34,100 +36,34 @@ def run(
     scale: float,
 ) -> Tensor:
     """Attention over ``routes`` (None: the whole document); see ``attend`` for shapes."""
-    q, k, v = (_dense(x) for x in (q, k, v))
-    out, _ = torch.ops.mobazoo.triton(
-        q,
-        k,
-        v,
-        routes.index if routes else None,
-        routes.start if routes else None,
-        segments.doc,
-        segments.pos,
-        0 if isinstance(q_start, Tensor) else q_start,
-        q_start if isinstance(q_start, Tensor) else None,
-        routes.block_size if routes else 0,
-        scale,
-    )
-    return out
+    return _triton(q, k, v, segments, routes, q_start, scale)
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Kernels read a head's numbers side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _layout(
-    q: Tensor,
-    k: Tensor,
-    index: Tensor | None,
-    start: Tensor | None,
-    doc: Tensor,
-    pos: Tensor,
-    q_start: int,
-    q_start_tensor: Tensor | None,
-    block_size: int,
-) -> Any:
-    if q_start_tensor is None:
-        begin = torch.full((1,), q_start, dtype=torch.int64, device=q.device)
+def _layout(q: Tensor, k: Tensor, layout: Layout) -> Any:
+    begin, index, start = layout.q_start, layout.index, layout.start
+    if isinstance(begin, Tensor):
+        begin = begin.to(q.device, torch.int64).reshape(1)
     else:
-        begin = q_start_tensor.to(q.device, torch.int64).reshape(1)
+        begin = torch.full((1,), begin, dtype=torch.int64, device=q.device)
     if index is None or start is None or not (index.shape[3] and start.shape[1]):
         index = start = None  # nothing is routed
     else:
         start = start.to(torch.int32).contiguous()  # a table that all rows share is expanded
-    layout = import_module("mobazoo.attention.kernels.triton_slabs").Layout
-    return layout(doc, pos, index, start, begin, block_size, k.shape[1], q.shape[2])
+    known = import_module("mobazoo.attention.kernels.triton_slabs").Layout
+    return known(layout.doc, layout.pos, index, start, begin, layout.block_size, k.shape[1], q.shape[2])
 
 
-@torch.library.custom_op("mobazoo::triton", mutates_args=())
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor | None,
-    start: Tensor | None,
-    doc: Tensor,
-    pos: Tensor,
-    q_start: int,
-    q_start_tensor: Tensor | None,
-    block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    layout = _layout(q, k, index, start, doc, pos, q_start, q_start_tensor, block_size)
+def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, _: str) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return _kernels().forward(q, k, v, layout, scale)
+        return _kernels().forward(q, k, v, _layout(q, k, layout), scale)
 
 
-@_triton.register_fake
-def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("mobazoo::triton_backward", mutates_args=())
-def _triton_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    index: Tensor | None,
-    start: Tensor | None,
-    doc: Tensor,
-    pos: Tensor,
-    q_start: int,
-    q_start_tensor: Tensor | None,
-    block_size: int,
-    scale: float,
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float, _: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _layout(q, k, index, start, doc, pos, q_start, q_start_tensor, block_size)
+    dout, q, k, v = dense(dout, q, k, v)  # a compiler may have copied them
     with torch.cuda.device_of(q):
-        return _kernels().backward(_dense(dout), _dense(q), _dense(k), _dense(v), out.contiguous(), lse, layout, scale)
-
-
-@_triton_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        return _kernels().backward(dout, q, k, v, out.contiguous(), lse, _layout(q, k, layout), scale)
 
 
 def _kernels() -> Any:
@@ -135,16 +71,4 @@ def _kernels() -> Any:
     return import_module("mobazoo.attention.kernels.triton_launch")
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, index, start, doc, pos, q_start, q_start_tensor, *plain = inputs
-    ctx.save_for_backward(q, k, v, *output, index, start, doc, pos, q_start_tensor)
-    ctx.q_start, ctx.plain = q_start, plain
-
-
-def _gradient(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, q_start_tensor = ctx.saved_tensors
-    grads = torch.ops.mobazoo.triton_backward(dout, *tensors, ctx.q_start, q_start_tensor, *ctx.plain)
-    return *grads, *[None] * 8
-
-
-torch.library.register_autograd("mobazoo::triton", _gradient, setup_context=_setup)
+_triton = operator("triton", _forward, _backward)

@@ -1,10 +1,10 @@
-"""The flash schedule on a CPU: one key head at a time, each partial result merged in place while it is in cache.
+"""The flash schedule on a CPU: each thread takes whole key heads, each partial result is merged while it is in cache.
 
 For a row and a key head, every query first reads its own block (its document, for full attention) causally. Then,
 block by block, the queries of the whole group that chose the block are gathered, attend to it in one kernel call,
 and are folded into the running output. The backward walks the same work with the merged output and log-sum-exp, so
-that no gradient of a log-sum-exp is ever needed. Working memory beyond the result: float32 copies of one key head's
-queries, output and gradients, plus ``TOKENS_PER_CALL`` rows a call.
+that no gradient of a log-sum-exp is ever needed. Working memory beyond the result: for each thread, float32 copies of
+one key head's queries, output and gradients, plus ``TOKENS_PER_CALL`` rows a call.
 """
 
 from __future__ import annotations
@@ -25,171 +25,186 @@ from mobazoo.attention.kernels.cpu_own import (
     own_forward,
     own_tiles,
 )
-from mobazoo.attention.kernels.cpu_reads import (
-    ROWS_PER_THREAD,
-    Call,
-    Reads,
-    Run,
-    alike,
-    reads_all_before,
-    reads_by_block,
-)
+from mobazoo.attention.kernels.cpu_reads import Reads, reads_all_before, reads_by_block
+from mobazoo.attention.kernels.layout import Layout
+from mobazoo.attention.lanes import Piece, pieces, spread
+
+# Below this many rows a thread, splitting a call over the threads costs more than it gives.
+_ROWS_PER_THREAD = 128
+# Queries of all heads for one thread of ours, at least. Below, torch's own threads share every call: after its last
+# shared call one of them still spins for milliseconds on a core that ours would need. The backward kernel shares whole
+# entries only, and has one a call.
+_FORWARD_LEAST = 8192
+_BACKWARD_LEAST = 1024
+# Pieces that share a key head, each with sums of its own for its gradients.
+_MOST_SUMS = 4
 
 
 class Heads(NamedTuple):
     """One row's work for one key head and the query heads of its group."""
 
-    row: int
     key: int
     queries: slice
     tiles: list[Tile]
     reads: Reads
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: Tensor | None,
-    start: Tensor | None,
-    doc: Tensor,
-    pos: Tensor,
-    q_start: int,
-    block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output ``[B, Hq, T, D]`` and log-sum-exp ``[B, Hq, T]``; without ``index`` full attention inside documents."""
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    """Output ``[B, Hq, T, D]`` and log-sum-exp ``[B, Hq, T]``, at least float32; padding gets zeros and -inf."""
     keep_heap()
-    batch, hq, length, dim = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_empty(batch, hq, length, dim)
-    lse = torch.full((batch, hq, length), float("-inf"), dtype=wide, device=q.device)
-    for b, j, g, tiles, reads in _work(q, k, index, start, doc, pos, q_start, block_size):
-        queries, keys, values = q[b, g].contiguous(), k[b, j], v[b, j]
-        # float32 results are merged where they belong, narrower ones in a wide copy that is rounded once
-        merged = out[b, g] if q.dtype == wide else queries.new_empty(queries.shape, dtype=wide)
-        merged.index_fill_(1, (doc[b, q_start : q_start + length] < 0).nonzero().flatten(), 0.0)
-        for tile in tiles:
-            own_forward(tile, q_start, queries, keys, values, merged, lse[b, g], scale)
-        flat = (queries.flatten(0, 1), merged.flatten(0, 1), lse[b, g].flatten())
-        _routed_forward(reads, *flat, keys, values, block_size, scale)
-        if merged.dtype != out.dtype:
-            out[b, g] = merged
+    group = q.shape[1] // k.shape[1]
+    out = q.new_empty(q.shape)
+    lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+
+    def work(piece: Piece) -> None:
+        row, heads, queries, tokens = piece.row, piece.heads, piece.queries(group), piece.tokens
+        at = (row, queries, tokens)
+        _forward(q[at], k[row, heads], v[row, heads], out[at], lse[at], layout.cut(piece, group), scale)
+
+    spread(work, _pieces(q, k, layout, _FORWARD_LEAST, most=q.shape[2]))
     return out, lse
 
 
-def _routed_forward(
-    reads: Reads, q: Tensor, out: Tensor, lse: Tensor, keys: Tensor, values: Tensor, block_size: int, scale: float
-) -> None:
-    """Merges each block's partial results into ``out [G * T, D]`` and ``lse [G * T]`` while they are in cache."""
-    dim = q.shape[1]
-    for begin, count, k0 in reads.runs(TOKENS_PER_CALL):
-        # The kernel shares whole tiles of queries among threads, which leaves one waiting for the other; equal
-        # parts as separate batch entries do not. A few rows of the next block may fill the last part.
-        parts = max(1, min(torch.get_num_threads(), count // ROWS_PER_THREAD))
-        rows = reads.rows[begin : begin + count]
-        part, part_lse = forward_kernel(
-            q.index_select(0, reads.rows[begin : begin + count + -count % parts]).view(parts, 1, -1, dim),
-            keys[k0 : k0 + block_size].expand(parts, 1, -1, -1),
-            values[k0 : k0 + block_size].expand(parts, 1, -1, -1),
-            0.0,
-            False,
-            scale=scale,
-        )
-        part, part_lse = part.view(-1, dim)[:count], part_lse.flatten()[:count]
-        # Two partial softmaxes: the weight of the second is a sigmoid of the gap of their log-sum-exps.
-        old, old_lse = out.index_select(0, rows), lse.index_select(0, rows)
-        old.lerp_(part.to(out.dtype), (part_lse - old_lse).sigmoid_()[:, None])
-        out.index_copy_(0, rows, old)
-        lse.index_copy_(0, rows, torch.logaddexp(old_lse, part_lse))
+def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float) -> None:
+    """A piece: ``q`` and ``out`` ``[hq, t, D]``, ``k`` and ``v`` ``[h, S, D]``, ``lse`` ``[hq, t]``."""
+    for j, g, tiles, reads in _work(q, k, layout):
+        # In float32 whatever the dtype: kernels are no faster in a narrow one, and partial results are rounded once.
+        queries, keys, values = q[g].to(lse.dtype).contiguous(), k[j].to(lse.dtype), v[j].to(lse.dtype)
+        in_place = out.dtype == lse.dtype and out[g].is_contiguous()
+        merged = out[g] if in_place else torch.empty_like(queries)
+        stats = lse[g].contiguous()
+        merged.index_fill_(1, (_documents(q, layout) < 0).nonzero().flatten(), 0.0)
+        for tile in tiles:
+            own_forward(tile, _first(layout), queries, keys, values, merged, stats, scale)
+        flat = (queries.flatten(0, 1), merged.flatten(0, 1), stats.flatten())
+        for begin, count, k0 in reads.runs(TOKENS_PER_CALL):
+            rows, block = reads.rows[begin : begin + count], slice(k0, k0 + layout.block_size)
+            _routed_forward(rows, *flat, keys[block], values[block], scale)
+        if not in_place:
+            out[g] = merged
+        lse[g] = stats
+
+
+def _routed_forward(rows: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Merges what ``rows`` read of one block into ``out [G * T, D]`` and ``lse [G * T]`` while it is in cache."""
+    # The kernel shares whole tiles of queries among threads, which leaves one waiting for the other; equal parts as
+    # separate batch entries do not.
+    count, parts = len(rows), max(1, min(torch.get_num_threads(), len(rows) // _ROWS_PER_THREAD))
+    filled = rows if count % parts == 0 else torch.cat([rows, rows[: -count % parts]])
+    part, part_lse = forward_kernel(
+        q.index_select(0, filled).view(parts, 1, -1, q.shape[1]),
+        k.expand(parts, 1, -1, -1),
+        v.expand(parts, 1, -1, -1),
+        0.0,
+        False,
+        scale=scale,
+    )
+    part, part_lse = part.view(-1, q.shape[1])[:count], part_lse.flatten()[:count]
+    # Two partial softmaxes: the weight of the second is a sigmoid of the gap of their log-sum-exps.
+    old, old_lse = out.index_select(0, rows), lse.index_select(0, rows)
+    old.lerp_(part, (part_lse - old_lse).sigmoid_()[:, None])
+    out.index_copy_(0, rows, old)
+    lse.index_copy_(0, rows, torch.logaddexp(old_lse, part_lse))
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    index: Tensor | None,
-    start: Tensor | None,
-    doc: Tensor,
-    pos: Tensor,
-    q_start: int,
-    block_size: int,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``, accumulated in float32 and rounded once."""
     keep_heap()
-    wide = torch.promote_types(q.dtype, torch.float32)
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    for b, j, g, tiles, reads in _work(q, k, index, start, doc, pos, q_start, block_size):
-        rowwise = [x[b, g].contiguous() for x in (dout, q, out)]
-        keys, values, stats = k[b, j], v[b, j], lse[b, g]
-        places = (grads[0][b, g], grads[1][b, j], grads[2][b, j])
-        sums = [x.zero_() if x.dtype == wide else x.new_zeros(x.shape, dtype=wide) for x in places]
+    group = q.shape[1] // k.shape[1]
+    over = _pieces(q, k, layout, _BACKWARD_LEAST, _MOST_SUMS)
+    shared = 1 + max((piece.part for piece in over), default=0)  # pieces of one key head, each with sums of its own
+    dq = q.new_empty(q.shape)
+    dtype = k.dtype if shared == 1 else lse.dtype
+    dk, dv = (x.new_empty(shared, *x.shape, dtype=dtype) for x in (k, v))
+
+    def work(piece: Piece) -> None:
+        row, heads = piece.row, piece.heads
+        at, part = (row, piece.queries(group), piece.tokens), (piece.part, row, heads)
+        rowwise, places = [x[at] for x in (dout, q, out, lse)], (dq[at], dk[part], dv[part])
+        _backward(*rowwise, k[row, heads], v[row, heads], places, layout.cut(piece, group), scale)
+
+    spread(work, over)
+    dk, dv = (x[0] if shared == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    k: Tensor,
+    v: Tensor,
+    places: tuple[Tensor, ...],
+    layout: Layout,
+    scale: float,
+) -> None:
+    """A piece, as in ``_forward``; gradients of ``q``, ``k`` and ``v`` are written to ``places``."""
+    wide = lse.dtype
+    for j, g, tiles, reads in _work(q, k, layout):
+        rowwise = [x[g].contiguous() for x in (dout, q, out)]
+        keys, values, stats = k[j], v[j], lse[g].contiguous()
+        here = (places[0][g], places[1][j], places[2][j])
+        in_place = [x.dtype == wide and x.is_contiguous() for x in here]
+        sums = [x.zero_() if same else x.new_zeros(x.shape, dtype=wide) for x, same in zip(here, in_place, strict=True)]
         wide_keys, wide_values = keys.to(wide), values.to(wide)
         for tile in tiles:
-            own_backward(tile, q_start, rowwise, wide_keys, wide_values, stats, sums, scale)
-        flat = [x.flatten(0, 1) for x in (*rowwise, stats[..., None])]
-        for runs in alike(reads, torch.get_num_threads(), block_size):
-            _routed_backward(runs, reads.rows, flat, keys, values, sums, block_size, scale)
-        for place, total in zip(places, sums, strict=True):
-            if place.dtype != wide:
+            own_backward(tile, _first(layout), rowwise, wide_keys, wide_values, stats, sums, scale)
+        flat = [x.flatten(0, 1) for x in (*rowwise, stats)]
+        dq, dk, dv = (sums[0].flatten(0, 1), *sums[1:])
+        for begin, count, k0 in reads.runs(TOKENS_PER_CALL):
+            rows, block = reads.rows[begin : begin + count], slice(k0, k0 + layout.block_size)
+            _routed_backward(rows, flat, keys[block], values[block], (dq, dk[block], dv[block]), scale)
+        for place, total, same in zip(here, sums, in_place, strict=True):
+            if not same:
                 place.copy_(total)
-    return grads[0], grads[1], grads[2]
 
 
 def _routed_backward(
-    runs: list[Run],
-    all_rows: Tensor,
-    flat: list[Tensor],
-    keys: Tensor,
-    values: Tensor,
-    sums: list[Tensor],
-    block_size: int,
-    scale: float,
+    rows: Tensor, flat: list[Tensor], k: Tensor, v: Tensor, sums: tuple[Tensor, ...], scale: float
 ) -> None:
-    """Adds the gradients of some runs of readers in one call: batch entries, filled to the longest."""
-    dim, call = keys.shape[-1], Call.of(runs, all_rows, block_size)
-    dout, q, out, lse = (call.entries(x) for x in flat)
-    for part, (_, count, _) in enumerate(runs):
-        if count < call.longest:
-            dout[part, :, count:] = 0  # what fills the entry must not count
-    part_dq, part_dk, part_dv = backward_kernel(
-        dout, q, call.blocks(keys), call.blocks(values), out, lse[..., 0], 0.0, False, scale=scale
-    )
-    dq, dk, dv = sums
-    dq.flatten(0, 1).index_add_(0, call.rows, part_dq.view(-1, dim).to(dq.dtype))
-    for total, part_grad in ((dk, part_dk), (dv, part_dv)):
-        total.index_add_(0, call.slots, part_grad.view(-1, dim).to(total.dtype))
+    """Adds the gradients of what ``rows`` read of one block; ``flat`` is dout, q, out and lse by row."""
+    dout, q, out, lse = (x.index_select(0, rows)[None, None] for x in flat)
+    parts = backward_kernel(dout, q, k[None, None], v[None, None], out, lse, 0.0, False, scale=scale)
+    dq, dk, dv = (part[0, 0] for part in parts)
+    sums[0].index_add_(0, rows, dq.to(sums[0].dtype))
+    sums[1].add_(dk)
+    sums[2].add_(dv)
 
 
-def _work(
-    q: Tensor,
-    k: Tensor,
-    index: Tensor | None,
-    start: Tensor | None,
-    doc: Tensor,
-    pos: Tensor,
-    q_start: int,
-    block_size: int,
-) -> Iterator[Heads]:
-    """What each key head of each row has to do."""
-    length, hkv = q.shape[2], k.shape[1]
-    group, here = q.shape[1] // hkv, slice(q_start, q_start + length)
-    for b in range(q.shape[0]):
-        if index is None or start is None:
-            tiles = own_tiles(doc[b], pos[b], None, 0, here.start, here.stop)
-            reads = iter([Reads.none()] * hkv)
-        else:
-            # Causal attention over one long piece is shared among threads by heads: too few, and blocks are better.
-            early = None
-            if group >= torch.get_num_threads():
-                early = reads_all_before(index[b], doc[b, here], pos[b, here], block_size)
-            dense = 0 if early is None else (index.shape[-1] + 1) * block_size
-            tiles = own_tiles(doc[b], pos[b], block_size, dense, here.start, here.stop)
-            late = None if early is None or not early.any() else (~early).nonzero().flatten()
-            reads = reads_by_block(index[b].unflatten(0, (hkv, group)), start[b], late)
-        for j, read in enumerate(reads):
-            yield Heads(b, j, slice(j * group, (j + 1) * group), tiles, read)
+def _pieces(q: Tensor, k: Tensor, layout: Layout, least: int, most: int) -> list[Piece]:
+    batch, hq, tokens, _ = q.shape
+    heads = k.shape[1]
+    if layout.index is None:  # a few long causal calls, which the kernel itself shares among threads
+        return [Piece(row, slice(0, heads), slice(0, tokens), 0) for row in range(batch)]
+    return pieces(batch, heads, tokens, least // (hq // heads), most)
+
+
+def _first(layout: Layout) -> int:
+    return int(layout.q_start)  # on a CPU a tensor may be read
+
+
+def _documents(q: Tensor, layout: Layout) -> Tensor:
+    """The queries' documents ``[t]``."""
+    first = _first(layout)
+    return layout.doc[0, first : first + q.shape[1]]
+
+
+def _work(q: Tensor, k: Tensor, layout: Layout) -> Iterator[Heads]:
+    """What each key head of a piece has to do."""
+    first, length, hkv = _first(layout), q.shape[1], k.shape[0]
+    group, stop, doc, pos = q.shape[0] // hkv, first + length, layout.doc[0], layout.pos[0]
+    if layout.index is None or layout.start is None:
+        tiles = own_tiles(doc, pos, None, 0, first, stop)
+        reads = iter([Reads.none()] * hkv)
+    else:
+        index, block_size = layout.index[0], layout.block_size
+        early = reads_all_before(index, doc[first:stop], pos[first:stop], block_size)
+        dense = 0 if early is None else (index.shape[-1] + 1) * block_size
+        tiles = own_tiles(doc, pos, block_size, dense, first, stop)
+        late = None if early is None or not early.any() else (~early).nonzero().flatten()
+        reads = reads_by_block(index.unflatten(0, (hkv, group)), layout.start[0], late)
+    for j, read in enumerate(reads):
+        yield Heads(j, slice(j * group, (j + 1) * group), tiles, read)

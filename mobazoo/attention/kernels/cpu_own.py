@@ -97,7 +97,7 @@ def own_forward(
         return
     folded = queries.reshape(tile.count, 1, group * tile.q_len, dim)
     part, part_lse = forward_kernel(folded, keys, values, 0.0, False, scale=scale)
-    part = part.view(queries.shape).transpose(0, 1).to(merged.dtype)
+    part = part.view(queries.shape).transpose(0, 1)
     part_lse = part_lse.view(queries.shape[:3]).transpose(0, 1)
     merged.lerp_(part, (part_lse - stats).sigmoid_()[..., None])
     stats.copy_(torch.logaddexp(stats, part_lse))

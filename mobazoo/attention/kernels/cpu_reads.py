@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from mobazoo.attention.kernels.cpu_own import TOKENS_PER_CALL
-
 # Entries sorted at once: from 32768 on torch sorts integers by radix.
 _SORTED_TOGETHER = 1 << 18
-# Least rows of one batch entry: the backward kernel's tiles are large from 768 on.
-_ROWS_PER_ENTRY = 768
-# Below this many rows a thread, splitting a call over the threads costs more than it gives.
-ROWS_PER_THREAD = 128
 
 Run = tuple[int, int, int]  # first of a block's rows, how many, and the block's first slot
 
@@ -26,8 +19,7 @@ class Reads:
     """The readers of one key head's blocks.
 
     Attributes:
-        rows: int64, the rows ``g * T + t`` of the group's queries, ordered by block and ascending inside one. Another
-            row for each thread follows, so that a run may be read that far past its end.
+        rows: int64, the rows ``g * T + t`` of the group's queries, ordered by block and ascending inside one.
         blocks: the run of each block that is read.
     """
 
@@ -68,8 +60,7 @@ def reads_by_block(index: Tensor, start: Tensor, late: Tensor | None) -> Iterato
         keys += (torch.arange(heads, dtype=torch.int32) * bins)[:, None]
         ordered, order = keys.flatten().sort(stable=True)  # integers: a radix sort
         order.view(heads, entries).sub_(torch.arange(0, heads * entries, entries)[:, None])
-        rows = torch.zeros(heads * entries + torch.get_num_threads(), dtype=torch.int64)
-        torch.div(order, k, rounding_mode="floor", out=rows[: heads * entries])
+        rows = order.div_(k, rounding_mode="floor")
         if late is not None:
             rows = queries.index_select(0, rows)
         for head, counts in enumerate(torch.bincount(ordered, minlength=heads * bins).view(heads, bins).tolist()):
@@ -78,7 +69,7 @@ def reads_by_block(index: Tensor, start: Tensor, late: Tensor | None) -> Iterato
                 if count:
                     blocks.append((begin, count, k0))
                 begin += count
-            yield Reads(rows[head * entries :], blocks)
+            yield Reads(rows[head * entries : (head + 1) * entries], blocks)
 
 
 def reads_all_before(index: Tensor, doc: Tensor, pos: Tensor, block_size: int) -> Tensor | None:
@@ -95,69 +86,3 @@ def reads_all_before(index: Tensor, doc: Tensor, pos: Tensor, block_size: int) -
         if not (((some >= 0).sum(-1) == earlier) | later).all():
             return None
     return early
-
-
-def alike(reads: Reads, threads: int, block_size: int) -> Iterator[list[Run]]:
-    """Runs to put into one call as equal batch entries: about as long, and as many as the threads share evenly.
-
-    The backward kernel gives a thread whole entries. A run that is like no other is shared among the threads.
-    """
-    rows = max(_ROWS_PER_ENTRY, TOKENS_PER_CALL // (2 * threads))
-    pieces: list[Run] = []
-    for begin, count, k0 in reads.blocks:
-        pieces += _shares(begin, count, k0, max(1, count // rows))
-    pieces.sort(key=lambda piece: -piece[1])
-    at = 0
-    while at < len(pieces):
-        longest = pieces[at][1]
-        room = max(threads, min(TOKENS_PER_CALL // max(longest, block_size), len(pieces)))
-        near = [piece for piece in pieces[at : at + room] if longest - piece[1] <= max(32, longest // 8)]
-        if len(near) >= threads:
-            near = near[: len(near) // threads * threads]
-            yield near
-            at += len(near)
-        else:
-            yield list(_shares(*pieces[at], max(1, min(threads, longest // ROWS_PER_THREAD))))
-            at += 1
-
-
-def _shares(begin: int, count: int, k0: int, parts: int) -> Iterator[Run]:
-    bounds = [begin + count * i // parts for i in range(parts + 1)]
-    yield from ((lo, hi - lo, k0) for lo, hi in pairwise(bounds))
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Runs as equal batch entries of one kernel call.
-
-    Attributes:
-        rows: int64, the rows of all entries; a run shorter than the ``longest`` is filled with its first row.
-        slots: int64, the slots of all entries' blocks.
-        longest: rows of an entry.
-    """
-
-    rows: Tensor
-    slots: Tensor
-    longest: int
-    count: int
-
-    @classmethod
-    def of(cls, runs: list[Run], rows: Tensor, block_size: int) -> Call:
-        """The call for ``runs``, whose rows are in ``rows``."""
-        longest = max(count for _, count, _ in runs)
-        # Not with whatever row comes next: that may be padding, whose log-sum-exp is not finite.
-        all_rows = [
-            part
-            for begin, count, _ in runs
-            for part in (rows[begin : begin + count], rows[begin].expand(longest - count))
-        ]
-        firsts = torch.tensor([k0 for _, _, k0 in runs])
-        return cls(torch.cat(all_rows), (firsts[:, None] + torch.arange(block_size)).flatten(), longest, len(runs))
-
-    def entries(self, x: Tensor) -> Tensor:
-        """The rows of ``x [G * T, D]`` as ``[entries, 1, longest, D]``."""
-        return x.index_select(0, self.rows).view(self.count, 1, self.longest, -1)
-
-    def blocks(self, x: Tensor) -> Tensor:
-        """The blocks of ``x [S, D]`` as ``[entries, 1, block_size, D]``."""
-        return x.index_select(0, self.slots).view(self.count, 1, -1, x.shape[1])

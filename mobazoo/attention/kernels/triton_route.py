@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention.kernels import triton_gate
+from mobazoo.attention.kernels.operators import dense
 from mobazoo.attention.kernels.triton_runs import begin
 from mobazoo.attention.kernels.triton_tiles import gate_tiles, power_of_two
 
@@ -64,8 +65,3 @@ def choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) 
             num_warps=held.warps,
             num_stages=held.stages,
         )
-
-
-def dense(x: Tensor) -> Tensor:
-    """Kernels read a head's numbers side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()

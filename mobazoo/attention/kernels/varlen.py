@@ -9,44 +9,17 @@ Sums go through the inverse permutation, never through atomics of ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mobazoo.attention.kernels.fit import Provider
+from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.kernels.sequences import Routed, Sequences, own_sequences, read_keys, routed_sequences
 from mobazoo.attention.kernels.slabs import Shape, Slab, is_flat, slabs
 
 _NOTHING = float("-inf")  # log-sum-exp of a query that reads nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Who reads what.
-
-    Attributes:
-        doc: ``[B, S]`` int32, ``Segments.doc``.
-        pos: ``[B, S]`` int32, ``Segments.pos``.
-        index: ``[B, Hq, T, K - 1]``, ``Routes.index``; None is full attention inside documents.
-        start: ``[B, N]`` int32, ``Routes.start``, ascending and -1 at the end; None with ``index``.
-        q_start: slot of the first query, an int or a 0-dim device tensor.
-        block_size: tokens in a block, 0 for full attention.
-        max_docs: most documents in a row.
-        max_len: most tokens in a document.
-        whole: every row is one document that fills it.
-    """
-
-    doc: Tensor
-    pos: Tensor
-    index: Tensor | None
-    start: Tensor | None
-    q_start: int | Tensor
-    block_size: int
-    max_docs: int
-    max_len: int
-    whole: bool
 
 
 class Pass(NamedTuple):

@@ -1,0 +1,101 @@
+"""Threads of ours for CPU code: each takes whole pieces of work, so that none waits for another after every kernel.
+
+Torch shares every single kernel among its threads, and the slower one decides each time. Work by blocks is thousands of
+short kernels, so that there pieces that need nothing of each other belong to one thread each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from math import gcd
+from threading import Barrier
+from typing import NamedTuple
+
+import torch
+
+# Python runs one thread at a time between kernels: with more than these, threads would wait for it.
+_MOST = 16
+
+
+class Piece(NamedTuple):
+    """Some key heads and some query tokens of one row."""
+
+    row: int
+    heads: slice
+    tokens: slice
+    part: int  # among the pieces with the same heads
+
+    def queries(self, group: int) -> slice:
+        """The query heads of its key heads."""
+        return slice(self.heads.start * group, self.heads.stop * group)
+
+
+def pieces(batch: int, heads: int, tokens: int, least: int, most: int) -> list[Piece]:
+    """A batch cut into pieces for ``spread``: by key heads, then tokens, as many for one thread as for another.
+
+    Args:
+        batch: rows.
+        heads: key heads.
+        tokens: queries of a head.
+        least: tokens of one key head that are work enough for a thread.
+        most: ranges of tokens to cut a row into.
+    """
+    lanes = min(_MOST, torch.get_num_threads())
+    while lanes > 1 and batch * heads * tokens < lanes * least:
+        lanes //= 2
+    of_row = lanes // gcd(batch, lanes)
+    by_head = gcd(heads, of_row)
+    by_token = min(most, of_row // by_head)
+    return [
+        Piece(row, head, token, part)
+        for row in range(batch)
+        for head in _cut(heads, by_head)
+        for part, token in enumerate(_cut(tokens, by_token))
+    ]
+
+
+def _cut(count: int, parts: int) -> Iterator[slice]:
+    for part in range(parts):
+        yield slice(count * part // parts, count * (part + 1) // parts)
+
+
+def spread(work: Callable[[Piece], None], over: list[Piece]) -> None:
+    """Does all pieces, on threads of ours if there are several; returns, or raises the first error, when all are done.
+
+    ``work`` may write to disjoint parts of shared tensors; it runs without autograd.
+    """
+    threads = torch.get_num_threads()
+    lanes = min(_MOST, threads)
+    if len(over) < 2 or lanes < 2:
+        for piece in over:
+            work(piece)
+        return
+    inference = torch.is_inference_mode_enabled()
+
+    def alone(piece: Piece) -> None:
+        with torch.inference_mode(inference), torch.no_grad():  # both belong to a thread
+            work(piece)
+
+    done = [_pool(lanes, threads, os.getpid()).submit(alone, piece) for piece in over]
+    wait(done)
+    for each in done:
+        each.result()
+
+
+@cache
+def _pool(lanes: int, threads: int, process: int) -> ThreadPoolExecutor:
+    """A pool of a process (threads do not survive a fork) whose threads run torch's kernels on their share of cores."""
+    ready = Barrier(lanes)
+
+    def begin() -> None:
+        torch.get_num_threads()  # the first call of a thread takes over torch's default
+        torch.set_num_threads(threads // lanes)  # of this thread, and the default of new ones
+        ready.wait()
+
+    pool = ThreadPoolExecutor(lanes, "mobazoo-lane", begin)
+    wait([pool.submit(lambda: None) for _ in range(lanes)])
+    torch.set_num_threads(threads)  # gives new threads their default back
+    return pool
