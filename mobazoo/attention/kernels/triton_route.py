@@ -22,7 +22,7 @@ def means(k: Tensor, start: Tensor, block_size: int) -> Tensor:
         block_size: tokens in a block.
     """
     begin("centroids", k.dtype, k.shape[3], k.device.type)
-    k = dense(k)
+    (k,) = dense(k)
     batch, heads, _, dim = k.shape
     blocks = start.shape[1]
     mean = torch.empty(batch, heads, blocks, dim, dtype=k.dtype, device=k.device)
@@ -48,7 +48,7 @@ def choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) 
         index: ``[B, Hq, T, W]`` int16 or int32, contiguous, with ``N`` and ``W`` above 0.
     """
     begin("gate", q.dtype, q.shape[3], q.device.type)
-    q, mean = dense(q), dense(mean)
+    q, mean = dense(q, mean)
     batch, hq, length, dim = q.shape
     heads, blocks, reads = mean.shape[1], mean.shape[2], index.shape[3]
     group = hq // heads
