@@ -13,12 +13,7 @@ from mobazoo.attention.kernels.triton_tiles import SHARED
 
 ROOT = Path(__file__).parents[2]
 KINDS = (("bf16", 64), ("bf16", 128), ("fp16", 256), ("fp32", 96), ("fp32", 256))
-ALL = [
-    (capability, *kind, *sizes)
-    for capability in (80, 86, 90)
-    for kind in KINDS
-    for sizes in ((16, 1), (128, 63))
-]
+ALL = [(capability, *kind, *sizes) for capability in (80, 86, 90) for kind in KINDS for sizes in ((16, 1), (128, 63))]
 
 
 def compiled(folder: Path, *arguments: object) -> dict[str, tuple[int, int]]:

@@ -26,7 +26,7 @@ PACKED = Case(((1, 50, -2, 17), (-10, 50, -10)), 8, 3, 2, 1, 64)
 CASES = {
     "packed": PACKED,
     "two tiles of blocks": Case(((150,),), 2, 4, 2, 1, 16, queries=40),
-    "the 64 best": Case(((150,),), 2, 64, 2, 2, 16, queries=6),
+    "the 64 best": Case(((150,),), 2, 64, 1, 1, 16, queries=6),
     "groups of 3, head dim 96": replace(PACKED, hq=6, hkv=2, dim=96, queries=30, first=35),
     "odd head dim": replace(PACKED, dim=33, top_k=2),
     "decode": replace(PACKED, hq=8, hkv=2, queries=1, first=45, top_k=4),
