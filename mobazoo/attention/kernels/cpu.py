@@ -123,7 +123,7 @@ def backward(
         row, heads = piece.row, piece.heads
         at, part = (row, piece.queries(group), piece.tokens), (piece.part, row, heads)
         rowwise, places = [x[at] for x in (dout, q, out, lse)], (dq[at], dk[part], dv[part])
-        _backward(*rowwise, k[row, heads], v[row, heads], places, layout.cut(piece, group), scale)
+        _backward(rowwise, k[row, heads], v[row, heads], places, layout.cut(piece, group), scale)
 
     spread(work, over)
     dk, dv = (x[0] if shared == 1 else x.sum(0).to(k.dtype) for x in (dk, dv))
@@ -131,17 +131,15 @@ def backward(
 
 
 def _backward(
-    dout: Tensor,
-    q: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    given: list[Tensor],
     k: Tensor,
     v: Tensor,
     places: tuple[Tensor, ...],
     layout: Layout,
     scale: float,
 ) -> None:
-    """A piece, as in ``_forward``; gradients of ``q``, ``k`` and ``v`` are written to ``places``."""
+    """A piece, as in ``_forward``; ``given`` is dout, q, out and lse, ``places`` take the gradients of q, k and v."""
+    dout, q, out, lse = given
     wide = lse.dtype
     for j, g, tiles, reads in _work(q, k, layout):
         rowwise = [x[g].contiguous() for x in (dout, q, out)]
