@@ -88,6 +88,7 @@ def test_order_of_signed_scores(device: str) -> None:
 
 @pytest.mark.parametrize("device", ON)
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # NumPy's, in the interpreter
 def test_not_a_number_never_leaves_the_range(value: float, device: str) -> None:
     data = inputs(PACKED, device=device)
     spots = torch.rand(data.q.shape[2:], generator=torch.Generator().manual_seed(1)).to(device) < 0.01
