@@ -131,11 +131,11 @@ def random_routes(case: Case, seed: int = 0) -> tuple[Routes, Chosen]:
     return Routes(index.to(torch.int16) if seed % 2 else index, table, case.block_size), chosen
 
 
-def gate_routes(case: Case, q: Tensor, k: Tensor, segments: Segments | None = None) -> Routes:
+def gate_routes(case: Case, q: Tensor, k: Tensor, segments: Segments | None = None, by: str = "torch") -> Routes:
     """The library's own choice."""
     assert isinstance(case.pattern, MoBA)
     segments = segments_of(case.rows, str(k.device)) if segments is None else segments
-    return route(q, centroids(k, case.block_size, segments), case.pattern, segments, case.q_start)
+    return route(q, centroids(k, case.block_size, segments, by), case.pattern, segments, case.q_start, by)
 
 
 def chosen_by(routes: Routes) -> Chosen:

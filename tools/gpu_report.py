@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,14 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mobazoo.attention.gates import TORCH, TRITON
 from mobazoo.files import write_whole
 from mobazoo.results import command, machine
-from tools.gpu_shapes import SHAPES, Run, Shape, by_blocks, full, gate, inputs, verify
+from tools.gpu_shapes import SHAPES, Run, Shape, by_blocks, full, gate, inputs, verify, verify_gate
+from tools.gpu_tiles import tune
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("tests", *SHAPES)
+SECTIONS = ("tests", *SHAPES, "tiles")
 _SECONDS = 240.0  # of measuring a section, after the first call of each candidate
-_ROUNDS = 7
+_TUNING = 420.0  # of trying tile sizes, compiling included
+_ROUNDS = {"cuda": 7, "cpu": 2}
 
 
 def main() -> int:
@@ -45,7 +49,7 @@ def main() -> int:
     write = not said.dry_run or said.dest != parser.get_default("dest")
     report: dict[str, Any] = json.loads(kept.read_text("utf-8")) if write and kept.exists() else {"sections": {}}
     for section in said.section or SECTIONS:
-        found = tests(dry=said.dry_run) if section == "tests" else measure(SHAPES[section], device)
+        found = run(section, device)
         report["sections"][section] = {"command": command(), "machine": about(device), **found}
         if write:
             write_whole(kept, json.dumps(report, indent=1) + "\n")
@@ -53,6 +57,13 @@ def main() -> int:
     if not write:
         print(page(report))
     return int(any(not section["right"] for section in report["sections"].values()))
+
+
+def run(section: str, device: str) -> dict[str, Any]:
+    """One section; ``right`` says whether all is well."""
+    if section == "tests":
+        return tests(dry=device == "cpu")
+    return tune(device, _TUNING) if section == "tiles" else measure(SHAPES[section], device)
 
 
 def slug(name: str) -> str:
@@ -73,8 +84,8 @@ def tests(*, dry: bool) -> dict[str, Any]:
     arguments = ["-m", "pytest", "-o", "addopts=", "-m", "gpu", *(["--collect-only", "-q"] if dry else [])]
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     last = (done.stdout.strip() or done.stderr.strip() or "nothing said").splitlines()
-    failed = [line for line in last if line.startswith(("FAILED", "ERROR"))]
-    return {"right": done.returncode == 0, "said": last[-1].strip("= "), "failed": failed}
+    failed = [f"- {line}" for line in last if line.startswith(("FAILED", "ERROR"))]
+    return {"right": done.returncode == 0, "said": last[-1].strip("= "), "lines": failed}
 
 
 def measure(shape: Shape, device: str) -> dict[str, Any]:
@@ -84,20 +95,23 @@ def measure(shape: Shape, device: str) -> dict[str, Any]:
     tensors = inputs(shape, device)
     rows: dict[str, dict[str, Any]] = {}
     able: dict[str, Callable[[], None]] = {}
-    for kind, runs in (("full", full(device)), ("blocks", by_blocks(shape))):
-        for name, run in runs.items():
-            rows[name] = {"kind": kind, "seconds": []}
-            try:
-                work = step(run, tensors, backward=shape.backward)
-                rows[name]["first_seconds"], rows[name]["bytes"] = once(work, device)
-                able[name] = work
-            except (RuntimeError, torch.OutOfMemoryError) as error:  # a report says who could not, and goes on
-                rows[name]["cannot"] = str(error).splitlines()[0][:160]
-    q, k = tensors[:2]
-    rows["the gate alone"] = {"kind": "part", "seconds": []}
-    able["the gate alone"] = lambda: void(gate(q, k, shape.pattern))
+    works = {"full": full(device), "blocks": by_blocks(shape)}
+    calls = {
+        (kind, name): step(call, tensors, backward=shape.backward)
+        for kind, some in works.items()
+        for name, call in some.items()
+    }
+    for by in (TORCH, TRITON):
+        calls["gate", f"the gate by {by}"] = partial(choose, shape, tensors, by)
+    for (kind, name), work in calls.items():
+        rows[name] = {"kind": kind, "seconds": []}
+        try:
+            rows[name]["first_seconds"], rows[name]["bytes"] = once(work, device)
+            able[name] = work
+        except (RuntimeError, torch.OutOfMemoryError) as error:  # a report says who could not, and goes on
+            rows[name]["cannot"] = str(error).splitlines()[0][:160]
     begin = time.perf_counter()
-    for number in range(_ROUNDS):  # in turn, so that a clock that drifts favours nobody
+    for number in range(_ROUNDS[device]):  # in turn, so that a clock that drifts favours nobody
         if number and (time.perf_counter() - begin) * (number + 1) / number > _SECONDS:
             break
         for name, work in able.items():
@@ -105,6 +119,9 @@ def measure(shape: Shape, device: str) -> dict[str, Any]:
     for name in by_blocks(shape):
         if name in able:
             rows[name]["errors"] = verify(shape, tensors, name)
+    for by in (TORCH, TRITON):
+        if f"the gate by {by}" in able:
+            rows[f"the gate by {by}"]["errors"] = verify_gate(shape, tensors, by)
     right = all(e <= 1 for row in rows.values() for e in row.get("errors", {}).values()) and "triton" in able
     return {"right": right, "shape": spoken(shape), "counted": shape.counted(), "rows": rows}
 
@@ -121,8 +138,9 @@ def step(run: Run, tensors: list[Tensor], *, backward: bool) -> Callable[[], Non
     return work
 
 
-def void(_: object) -> None:
-    """Lets a result go."""
+def choose(shape: Shape, tensors: list[Tensor], by: str) -> None:
+    """Centroids and choice alone."""
+    gate(tensors[0], tensors[1], shape.pattern, by)
 
 
 def once(work: Callable[[], None], device: str) -> tuple[float, int]:
@@ -155,7 +173,7 @@ def page(report: dict[str, Any]) -> str:
     for name, found in sections.items():
         facts = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if key != "gpu")
         lines += ["", f"## {name}", "", f"`{found['command']}`; {facts}.", ""]
-        lines += _table(found) if "rows" in found else [found["said"], *(f"- {line}" for line in found["failed"])]
+        lines += _table(found) if "rows" in found else [found["said"], *found["lines"]]
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 # What a GPU says of this repository: its gpu tests, and the papers' shapes against full attention. No network.
 #   tools/gpu_report.sh                      everything
 #   tools/gpu_report.sh --section 64k        one part, at most ten minutes; a report grows part by part
+#   tools/gpu_report.sh --section tiles      tile sizes of our kernels; prints rows for triton_tiles.MEASURED
 #   tools/gpu_report.sh --dry-run            the same on a CPU with tiny shapes
 # Needs torch, triton and transformers there. What else is missing (omegaconf, pyyaml, rich, pytest, ...) may lie in
 # wheels/ as pure-Python wheels. PYTHON names the interpreter.

@@ -103,10 +103,45 @@ def _aten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def gate(q: Tensor, k: Tensor, pattern: MoBA) -> Routes:
+def gate(q: Tensor, k: Tensor, pattern: MoBA, by: str = "torch") -> Routes:
     """Centroids and choice, as ``attend`` makes them."""
     segments = Segments.single(q.shape[0], q.shape[2], q.device)
-    return route(q.detach(), centroids(k.detach(), pattern.block_size, segments), pattern, segments)
+    return route(q.detach(), centroids(k.detach(), pattern.block_size, segments, by), pattern, segments, by=by)
+
+
+def verify_gate(shape: Shape, tensors: list[Tensor], by: str, rows: int = 32) -> dict[str, float]:
+    """Errors in units of what float32 sums and one rounding allow; at most 1 is right.
+
+    Sampled means against float64, and of sampled queries the worst block taken against the best one left, by float64
+    scores of the same means: no more may be missing than both scores can be off.
+    """
+    q, k = (x.detach() for x in tensors[:2])
+    size, group = shape.block_size, shape.query_heads // shape.key_heads
+    segments = Segments.single(shape.batch, shape.length, q.device)
+    known = centroids(k, size, segments, by)
+    index = route(q, known, shape.pattern, segments, by=by).index
+    worst = {"means": 0.0, "choice": 0.0}
+    dice = torch.Generator().manual_seed(2)
+    for _ in range(rows):
+        b, h, t = (int(torch.randint(n, (1,), generator=dice)) for n in q.shape[:3])
+        mean = known.mean[b, h // group].double()
+        n = int(torch.randint(len(mean), (1,), generator=dice))
+        keys = k[b, h // group, n * size : (n + 1) * size].double()
+        allowed = torch.finfo(shape.dtype).eps / 2 * keys.mean(0).abs() + _sum_error(size) * keys.abs().mean(0)
+        worst["means"] = max(worst["means"], float(((mean[n] - keys.mean(0)).abs() / allowed).max()))
+        mean = mean[: t // size]
+        taken = torch.zeros(len(mean), dtype=torch.bool, device=q.device)
+        taken[index[b, h, t][index[b, h, t] >= 0].long()] = True
+        if taken.all():
+            continue
+        score, bound = mean @ q[b, h, t].double(), _sum_error(shape.dim) * (mean.abs() @ q[b, h, t].double().abs())
+        missing = score[~taken].max() - score[taken].min()
+        worst["choice"] = max(worst["choice"], float(missing / (bound[~taken].max() + bound[taken].max())))
+    return worst
+
+
+def _sum_error(terms: int) -> float:
+    return (terms + 1) * torch.finfo(torch.float32).eps / 2
 
 
 def verify(shape: Shape, tensors: list[Tensor], backend: str, rows: int = 32) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mobazoo.attention.auto import choose
 from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.blocks import centroids
+from mobazoo.attention.gates import gate_of
 from mobazoo.attention.pattern import Full, MoBA, Pattern
 from mobazoo.attention.problem import Problem
 from mobazoo.attention.routing import Routes, route
@@ -88,13 +89,14 @@ def attend(
         slots=k.shape[2],
         whole=segments.whole,
     )
-    run = BACKENDS[_named(backend, problem)].run
+    name = _named(backend, problem)
     if 0 in q.shape:
         return q.clone()  # nothing to compute, but a backward may follow
     if isinstance(pattern, MoBA) and routes is None:
-        known = centroids(k.detach(), pattern.block_size, segments)
-        routes = route(q.detach(), known, pattern, segments, first)
-    return run(
+        by = gate_of(name, problem)
+        known = centroids(k.detach(), pattern.block_size, segments, by)
+        routes = route(q.detach(), known, pattern, segments, first, by)
+    return BACKENDS[name].run(
         q,
         k,
         v,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
+from mobazoo.attention.gates import TORCH, TRITON, check_by
 from mobazoo.attention.segments import Segments
 from mobazoo.errors import InputError
 
@@ -31,7 +33,7 @@ class Centroids:
     doc: Tensor
 
 
-def centroids(k: Tensor, block_size: int, segments: Segments) -> Centroids:
+def centroids(k: Tensor, block_size: int, segments: Segments, by: str = TORCH) -> Centroids:
     """Mean key of every complete block (arXiv 2502.13189, equation 6); no gradient flows through it.
 
     Means are accumulated in float32 and rounded once to the keys' dtype. A block that its document does not fill
@@ -41,20 +43,25 @@ def centroids(k: Tensor, block_size: int, segments: Segments) -> Centroids:
         k: ``[B, Hkv, S, D]``, after RoPE.
         block_size: tokens in a block, >= 1.
         segments: the documents of the ``S`` slots.
+        by: ``torch``, or ``triton`` for our kernel; the order of sums may differ, their precision does not.
 
     Raises:
-        InputError: if ``k`` and ``segments`` differ in rows or slots.
+        InputError: if ``k`` and ``segments`` differ in rows or slots, or for an unknown ``by``.
+        UnsupportedError: ``by="triton"`` where the kernel does not run.
     """
     if k.dim() != 4 or (k.shape[0], k.shape[2]) != (segments.batch, segments.length):
         raise InputError(
             f"centroids: k must be [B, Hkv, S, D] with B={segments.batch} and S={segments.length} as in segments, "
             f"got {list(k.shape)}"
         )
+    check_by("centroids", by, k.device, k.dtype, k.shape[3])
     start = _complete_blocks(segments, block_size)
     doc = torch.where(start >= 0, segments.doc.gather(1, start.clamp(min=0).long()), UNUSED).to(torch.int32)
     with torch.no_grad():
-        packed = torch.ops.mobazoo.packed_means
-        mean = _mean_whole(k, block_size) if segments.whole else packed(k.detach(), start, block_size)
+        if segments.whole and by == TORCH:
+            mean = _mean_whole(k, block_size)
+        else:
+            mean = torch.ops.mobazoo.packed_means(k.detach(), start, block_size, by)
     return Centroids(mean, start, doc)
 
 
@@ -85,8 +92,10 @@ def _mean_whole(k: Tensor, block_size: int) -> Tensor:
 
 # An opaque operator: inlined, its loop over blocks is unrolled into a new graph for every number of blocks.
 @torch.library.custom_op("mobazoo::packed_means", mutates_args=())
-def _mean_packed(k: Tensor, start: Tensor, block_size: int) -> Tensor:
+def _mean_packed(k: Tensor, start: Tensor, block_size: int, by: str = TORCH) -> Tensor:
     """Means ``[B, Hkv, N, D]`` of the blocks that begin at ``start`` [B, N], zeros at -1."""
+    if by == TRITON:
+        return import_module("mobazoo.attention.kernels.triton_route").means(k, start, block_size)
     batch, heads, _, dim = k.shape
     n = start.shape[1]
     mean = k.new_empty(batch, heads, n, dim)
@@ -101,5 +110,5 @@ def _mean_packed(k: Tensor, start: Tensor, block_size: int) -> Tensor:
 
 
 @_mean_packed.register_fake
-def _(k: Tensor, start: Tensor, block_size: int) -> Tensor:
+def _(k: Tensor, start: Tensor, block_size: int, by: str = TORCH) -> Tensor:
     return k.new_empty(k.shape[0], k.shape[1], start.shape[1], k.shape[3])

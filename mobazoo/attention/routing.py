@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from mobazoo.attention.blocks import UNUSED, Centroids
+from mobazoo.attention.gates import TORCH, TRITON, check_by
 from mobazoo.attention.heap import keep_heap
 from mobazoo.attention.lanes import Piece, pieces, spread
 from mobazoo.attention.pattern import MoBA
@@ -59,7 +61,12 @@ def query_slots(segments: Segments, length: int, q_start: int | Tensor | None) -
 
 
 def route(
-    q: Tensor, centroids: Centroids, pattern: MoBA, segments: Segments, q_start: int | Tensor | None = None
+    q: Tensor,
+    centroids: Centroids,
+    pattern: MoBA,
+    segments: Segments,
+    q_start: int | Tensor | None = None,
+    by: str = TORCH,
 ) -> Routes:
     """Chooses the ``top_k - 1`` best complete blocks before each query's own (arXiv 2502.13189, equations 5 to 7).
 
@@ -73,15 +80,18 @@ def route(
         pattern: block size and top_k.
         segments: the documents of the ``S`` slots.
         q_start: slot of the first query, an int or a 0-dim device tensor (None: queries are the last ``T`` slots).
+        by: ``torch``, or ``triton`` for our kernel; both choose the same but for near-ties.
 
     Raises:
-        InputError: shapes that do not fit together.
+        InputError: shapes that do not fit together, or an unknown ``by``.
+        UnsupportedError: ``by="triton"`` where the kernel does not run, or more than 128 routed blocks a query.
     """
     if q.dim() != 4 or centroids.mean.dim() != 4 or q.shape[1] % centroids.mean.shape[1]:
         raise InputError(
             "route: q must be [B, Hq, T, D] with Hq divisible by the centroids' Hkv, "
             f"got q {list(q.shape)} and centroids {list(centroids.mean.shape)}"
         )
+    check_by("route", by, q.device, q.dtype, q.shape[3], pattern.top_k - 1)
     slot = query_slots(segments, q.shape[2], q_start)
     pos, real = segments.pos[:, slot], segments.doc[:, slot] >= 0  # [B, T]
     # Blocks stand in slot order, so a query's candidates are one range: from its document's first to its own block.
@@ -89,7 +99,7 @@ def route(
     own = slot - pos % pattern.block_size
     stop = torch.searchsorted(in_order, own.to(in_order.dtype))
     first = torch.where(real, torch.searchsorted(in_order, (slot - pos).to(in_order.dtype)), stop)
-    index = torch.ops.mobazoo.gate(q.detach(), centroids.mean.detach(), first, stop, pattern.top_k - 1)
+    index = torch.ops.mobazoo.gate(q.detach(), centroids.mean.detach(), first, stop, pattern.top_k - 1, by)
     return Routes(index, centroids.start, pattern.block_size)
 
 
@@ -99,13 +109,17 @@ def _index_dtype(n: int) -> torch.dtype:
 
 # An opaque operator: inlined, its data-dependent chunking breaks a fullgraph compile.
 @torch.library.custom_op("mobazoo::gate", mutates_args=())
-def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int) -> Tensor:
+def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str = TORCH) -> Tensor:
     """Best ``k`` of the blocks ``first .. stop - 1`` of each query: ``[B, Hq, T, k]``, -1 where there are fewer.
 
     ``first`` and ``stop`` are ``[B, T]`` and do not decrease along a row.
     """
     batch, hq, length, _ = q.shape
     hkv, n = mean.shape[1], mean.shape[2]
+    if by == TRITON and batch * hq * length * n * k:
+        index = torch.empty(batch, hq, length, k, dtype=_index_dtype(n), device=q.device)
+        import_module("mobazoo.attention.kernels.triton_route").choose(q, mean, first, stop, index)
+        return index
     # Whoever may read k blocks or fewer reads them all, the most recent first; only the others choose.
     recent = stop[..., None] - 1 - torch.arange(k, device=q.device)  # [B, T, k]
     recent = torch.where(recent >= first[..., None], recent, EMPTY).to(_index_dtype(n))
@@ -130,7 +144,7 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int) -> Tenso
 
 
 @_gate.register_fake
-def _(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int) -> Tensor:
+def _(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str = TORCH) -> Tensor:
     return q.new_empty((*q.shape[:3], k), dtype=_index_dtype(mean.shape[2]))
 
 

@@ -15,12 +15,14 @@ from tests.factories import Case, gate_routes, inputs, segments_of, spy
 BLOCK = 4
 
 
-def routed(scores: list[float], top_k: int, *, copies: int = 1, sign: float = 1.0) -> list[int]:
+def routed(
+    scores: list[float], top_k: int, *, copies: int = 1, sign: float = 1.0, by: str = "torch", device: str = "cpu"
+) -> list[int]:
     """The choice of one query, in a last block of its own, over blocks of the given scores."""
-    keys = torch.tensor([*scores, 0.0]).repeat_interleave(BLOCK).view(1, 1, -1, 1) * sign
-    segments = Segments.single(1, keys.shape[2])
-    q = torch.full((1, copies, 1, 1), sign)
-    index = route(q, centroids(keys, BLOCK, segments), MoBA(BLOCK, top_k), segments).index
+    keys = torch.tensor([*scores, 0.0], device=device).repeat_interleave(BLOCK).view(1, 1, -1, 1) * sign
+    segments = Segments.single(1, keys.shape[2], device)
+    q = torch.full((1, copies, 1, 1), sign, device=device)
+    index = route(q, centroids(keys, BLOCK, segments), MoBA(BLOCK, top_k), segments, by=by).index
     assert (index == index[:, :1]).all()
     return index[0, 0, 0].tolist()
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mobazoo.attention import Full, MoBA, Pattern, Segments, attend
 from mobazoo.attention.backends import triton
-from mobazoo.attention.kernels import triton_slabs
+from mobazoo.attention.kernels import triton_runs, triton_slabs
 from mobazoo.attention.problem import Problem
-from tests.factories import Case, inputs, oracle, random_routes, run, segments_of
+from tests.factories import Case, inputs, oracle, random_routes, routes_on, run, segments_of
 from tests.marks import DEVICES, able
 from tests.tolerance import check
 
@@ -98,6 +98,19 @@ def test_the_same_bits_every_time(device: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("device", ON)
+def test_first_slot_may_be_a_number_on_the_device(device: str) -> None:
+    """As in a CUDA graph, where a host integer would stay what it was."""
+    case = replace(CASES["chunk"], queries=5)
+    data, segments = inputs(case, device=device), segments_of(case.rows, device)
+    routes = routes_on(random_routes(case)[0], device)
+    fixed, free = (
+        triton.run(*data.qkv, segments=segments, routes=routes, q_start=start, scale=0.125)
+        for start in (40, torch.tensor(40, device=device))
+    )
+    assert torch.equal(fixed, free)
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_operator_is_what_it_says(sparse: bool) -> None:
     case = Case(((25, 15),), 16 if sparse else 0, 2, 2, 1, 16)
@@ -154,7 +167,7 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "set TRITON_INTERPRET=1" in (triton.unsupported(problem()) or "")
     assert triton.unsupported(problem("cuda")) is None
     monkeypatch.setattr(util, "find_spec", lambda _: None)
-    monkeypatch.setattr(triton, "find_spec", lambda _: None)
+    monkeypatch.setattr(triton_runs, "find_spec", lambda _: None)
     assert "pip install 'mobazoo[triton]'" in (triton.unsupported(problem("cuda")) or "")
 
 

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels to PTX without a GPU, as the launches would. Run by ``test_triton_compiles``.
 
-Prints one line a kernel: name, bytes of shared memory, registers that did not fit (spilled bytes). In a process of its
-own, because Triton decides when it is imported whether it interprets.
+Prints one line a kernel: name, bytes of shared memory, bytes that the table of tiles says, registers that did not fit
+(spilled bytes), seconds. In a process of its own, because Triton decides when it is imported whether it interprets.
 """
 
 from __future__ import annotations
@@ -10,57 +10,83 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mobazoo.attention.kernels import triton_backward, triton_forward
-from mobazoo.attention.kernels.triton_tiles import power_of_two, tiles
+from mobazoo.attention.kernels import triton_backward, triton_forward, triton_gate
+from mobazoo.attention.kernels.triton_tiles import Tiles, entry, gate_tiles, power_of_two, shared_bytes
 
 INT32 = {"Order", "Edge", "Cell", "First", "Start", "Lo", "Block", "Readers", "BlockFrom", "BlockTo"}
+INT64 = {"Begin", "From", "To"}
 FLOAT32 = {"PartLse", "Lse", "Delta"}
 NUMBERS = {"t0", "tokens", "pair0", "pairs", "N", "BS", "T", "S", "tiles", "rows", "HKV", "G", "W", "HQ"}
-KERNELS = [
-    triton_forward.routed,
-    triton_forward.own,
-    triton_backward.delta,
-    triton_backward.queries_routed,
-    triton_backward.queries_own,
-    triton_backward.keys,
-]
+STRIDE = re.compile("[qkvgm]_[bhtsn]")
+KERNELS = {
+    triton_forward.routed: "forward",
+    triton_forward.own: "forward",
+    triton_backward.delta: "backward",
+    triton_backward.queries_routed: "backward",
+    triton_backward.queries_own: "backward",
+    triton_backward.keys: "keys",
+    triton_gate.means: "gate",
+    triton_gate.gate: "gate",
+}
 
 
 def kind(name: str, element: str) -> str:
-    if name == "Begin":
+    if name in INT64:
         return "*i64"
+    if name == "Index":
+        return "*i16"
     if name in INT32:
         return "*i32"
     if name in FLOAT32:
         return "*fp32"
     if name == "scale":
         return "fp32"
-    return "i32" if name in NUMBERS or re.fullmatch("[qkvg]_[bhts]", name) else f"*{element}"
+    return "i32" if name in NUMBERS or STRIDE.fullmatch(name) else f"*{element}"
 
 
-def main(capability: int, element: str, dim: int, block_size: int) -> None:
+def held_by(kernels: str, capability: int, dim: int, itemsize: int, block_size: int, reads: int) -> Tiles:
+    """As the launches choose them for a long sequence."""
+    name = f"{capability // 10}.{capability % 10}"
+    found = entry(kernels, dim, itemsize, name)
+    if kernels == "gate":
+        return replace(found, rows=gate_tiles(dim, itemsize, 1 << 20, reads, 1 << 20, torch.device("cpu")).rows)
+    streamed = found.rows if kernels == "keys" else found.stream
+    return replace(found, **{"rows" if kernels == "keys" else "stream": min(streamed, power_of_two(block_size))})
+
+
+def main(capability: int, element: str, dim: int, block_size: int, reads: int) -> None:
     itemsize = 4 if element == "fp32" else 2
-    held = tiles(dim, itemsize, 1 << 20, block_size)
-    given = {"D": dim, "DP": power_of_two(dim), "BM": held.rows, "BN": held.stream, "ROUTED": True}
-    for kernel in KERNELS:
+    for kernel, kernels in KERNELS.items():
+        held = held_by(kernels, capability, dim, itemsize, block_size, reads)
+        given = {"D": dim, "DP": power_of_two(dim), "BM": held.rows, "BN": held.stream, "ROUTED": True}
+        given["KEPT"] = 1 << (reads - 1).bit_length()
         names = list(kernel.arg_names)
         constants = {name: value for name, value in given.items() if name in names}
         if kernel is triton_backward.keys:
             constants |= {"BM": held.stream, "BN": held.rows}
+        if kernel is triton_gate.means:
+            constants["BM"] = min(32, power_of_two(block_size))
         signature = {n: "constexpr" if n in constants else kind(n, element) for n in names}
         # Pointers and strides are multiples of 16, as torch's are.
         even = [["tt.divisibility", 16]]
-        wide = {(i,): even for i, n in enumerate(names) if signature[n][0] == "*" or re.fullmatch("[qkvg]_[bhts]", n)}
+        wide = {(i,): even for i, n in enumerate(names) if signature[n][0] == "*" or STRIDE.fullmatch(n)}
         source = ASTSource(kernel, signature, {(names.index(n),): c for n, c in constants.items()}, wide)
         options = {"num_warps": held.warps, "num_stages": held.stages}
+        begin = time.perf_counter()
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        print(kernel.__name__, built.metadata.shared, spilled(built.asm["ptx"], capability), flush=True)
+        seconds = time.perf_counter() - begin
+        counted = shared_bytes(kernels, power_of_two(dim), itemsize, held)
+        spills = spilled(built.asm["ptx"], capability)
+        print(kernel.__name__, built.metadata.shared, counted, spills, f"{seconds:.1f}", flush=True)
 
 
 def spilled(ptx: str, capability: int) -> int:
@@ -77,4 +103,4 @@ def spilled(ptx: str, capability: int) -> int:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

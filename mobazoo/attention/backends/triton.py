@@ -6,9 +6,7 @@ the kernels and is slow.
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,28 +14,15 @@ from torch import Tensor
 
 from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.kernels.operators import dense, operator
+from mobazoo.attention.kernels.triton_runs import refuses
 from mobazoo.attention.problem import Problem
 from mobazoo.attention.routing import Routes
 from mobazoo.attention.segments import Segments
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MAX_HEAD_DIM = 256
-
 
 def unsupported(problem: Problem) -> str | None:
     """CUDA in float32, float16 and bfloat16 with head dims up to 256; a CPU under the interpreter."""
-    if problem.device not in ("cpu", "cuda"):
-        return f"the Triton kernels run on CUDA, or on a CPU under the interpreter, not on {problem.device}"
-    if problem.dtype not in _DTYPES:
-        return f"the Triton kernels compute in float32, float16 and bfloat16, not in {problem.dtype}"
-    if problem.head_dim > _MAX_HEAD_DIM:
-        return f"the Triton kernels take head dims up to {_MAX_HEAD_DIM}, got {problem.head_dim}"
-    if find_spec("triton") is None:
-        return "the package triton is not installed (pip install 'mobazoo[triton]')"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if problem.device == "cpu" and not interpreted:
-        return "on a CPU Triton only interprets: set TRITON_INTERPRET=1 before Python starts"
-    return None
+    return refuses(problem.device, problem.dtype, problem.head_dim)
 
 
 def run(

@@ -7,7 +7,14 @@ Weights come back from the saved log-sum-exp (base 2); ``Delta`` is ``sum(dout *
 import triton
 import triton.language as tl
 
-from mobazoo.attention.kernels.triton_forward import LOG2E, load_rows
+from mobazoo.attention.kernels.triton_rows import (
+    LOG2E,
+    keys_of_tile,
+    load_rows,
+    queries_of_tile,
+    reads_of_tile,
+    row_and_head,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "T", "HQ"])
@@ -58,15 +65,8 @@ def queries_routed(
     cell = tl.load(Cell + i)
     if cell < pairs * (N + 1):
         local = cell // (N + 1)
-        b = ((pair0 + local) // HKV).to(tl.int64)
-        h = ((pair0 + local) % HKV).to(tl.int64)
-        stop = tl.load(Edge + cell + 1)
-        j = tl.load(Edge + cell) + (i - tl.load(First + cell)) * BM + tl.arange(0, BM)
-        ok = j < stop
-        read = tl.load(Order + j, mask=ok, other=0)
-        row = read // W - local * (G * tokens)  # g * tokens + t
-        g = (row // tokens).to(tl.int64)
-        t = (t0 + row % tokens).to(tl.int64)
+        b, h = row_and_head(pair0 + local, HKV)
+        ok, read, t, g = reads_of_tile(i, local, cell, Order, Edge, First, t0, tokens, G, W, BM)
         dims = tl.arange(0, DP)
         head = h * G + g
         q = load_rows(Q, b * q_b + head * q_h + t * q_t, ok, dims, D)
@@ -97,15 +97,10 @@ def queries_own(
     """The gradients of a tile of queries: their own blocks', and the sum of what the routed pass left."""
     i = tl.program_id(0)
     local = tl.program_id(1)
-    b = ((pair0 + local) // HKV).to(tl.int64)
-    h = ((pair0 + local) % HKV).to(tl.int64)
-    r = i * BM + tl.arange(0, BM)
-    ok = r < tokens * G
-    g = r % G
-    t = (t0 + r // G).to(tl.int64)
-    first = tl.load(Begin)
+    b, h = row_and_head(pair0 + local, HKV)
+    ok, t, g = queries_of_tile(i, t0, tokens, G, BM)
     lo = tl.load(Lo + b * T + t, mask=ok, other=S)
-    slot = first + t
+    slot = tl.load(Begin) + t
     dims = tl.arange(0, DP)
     head = h * G + g
     q = load_rows(Q, b * q_b + head * q_h + t * q_t, ok, dims, D)
@@ -114,8 +109,7 @@ def queries_own(
     lse = tl.load(Lse + at, mask=ok, other=0.0)
     moment = tl.load(Delta + at, mask=ok, other=0.0)
     dq = tl.zeros([BM, DP], tl.float32)
-    begin = tl.load(Lo + b * T + t0 + (i * BM) // G) // BN * BN
-    end = (first + t0 + tl.minimum((i * BM + BM - 1) // G + 1, tokens)).to(tl.int32)
+    begin, end = keys_of_tile(i, Lo, b * T, Begin, t0, tokens, G, BM, BN)
     for n in range(begin, end, BN):
         col = n + tl.arange(0, BN).to(tl.int64)
         k = load_rows(K, b * k_b + h * k_h + col * k_s, col < S, dims, D)
@@ -123,7 +117,7 @@ def queries_own(
         keep = (col[None, :] >= lo[:, None]) & (col[None, :] <= slot[:, None])
         dq = query_tile(q, dout, lse, moment, k, v, keep, dq, scale)
     dq = dq * scale
-    read = (local * (G * tokens) + g * tokens + r // G) * W
+    read = (local * (G * tokens) + g * tokens + (t - t0).to(tl.int32)) * W
     for w in range(W):
         chosen = ok & (tl.load(Block + read + w, mask=ok, other=N) < N)
         dq += load_rows(Part, (read + w).to(tl.int64) * D, chosen, dims, D).to(tl.float32)
@@ -144,8 +138,7 @@ def keys(
     """The gradients of BN keys and values: the queries of their own blocks, then the lists of their blocks."""
     tile = tl.program_id(0)
     local = tl.program_id(1)
-    b = ((pair0 + local) // HKV).to(tl.int64)
-    h = ((pair0 + local) % HKV).to(tl.int64)
+    b, h = row_and_head(pair0 + local, HKV)
     col = tile * BN + tl.arange(0, BN).to(tl.int64)
     dims = tl.arange(0, DP)
     k = load_rows(K, b * k_b + h * k_h + col * k_s, col < S, dims, D)

@@ -7,7 +7,14 @@ Layouts and names: docs/kernels.md. A pair is a row with a key head; row ``r`` o
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from mobazoo.attention.kernels.triton_rows import (
+    LOG2E,
+    keys_of_tile,
+    load_rows,
+    queries_of_tile,
+    reads_of_tile,
+    row_and_head,
+)
 
 
 @triton.jit
@@ -23,12 +30,6 @@ def attend_tile(q, k, v, keep, acc, top, total, scale):
     return acc, new, total * shrink + tl.sum(p, 1)
 
 
-@triton.jit
-def load_rows(ptr, at, ok, dims, D: tl.constexpr):
-    """Rows at the offsets ``at``, zeros where not ``ok`` and beyond the head dim."""
-    return tl.load(ptr + at[:, None] + dims[None, :], mask=ok[:, None] & (dims[None, :] < D), other=0.0)
-
-
 @triton.jit(do_not_specialize=["t0", "tokens", "pair0", "pairs", "N", "HKV", "G", "W"])
 def routed(
     Q, K, V, Order, Edge, Cell, First, Start, Part, PartLse, scale,
@@ -41,15 +42,8 @@ def routed(
     cell = tl.load(Cell + i)
     if cell < pairs * (N + 1):
         local = cell // (N + 1)
-        b = ((pair0 + local) // HKV).to(tl.int64)
-        h = ((pair0 + local) % HKV).to(tl.int64)
-        stop = tl.load(Edge + cell + 1)
-        j = tl.load(Edge + cell) + (i - tl.load(First + cell)) * BM + tl.arange(0, BM)
-        ok = j < stop
-        read = tl.load(Order + j, mask=ok, other=0)
-        row = read // W - local * (G * tokens)  # g * tokens + t
-        g = (row // tokens).to(tl.int64)
-        t = (t0 + row % tokens).to(tl.int64)
+        b, h = row_and_head(pair0 + local, HKV)
+        ok, read, t, g = reads_of_tile(i, local, cell, Order, Edge, First, t0, tokens, G, W, BM)
         dims = tl.arange(0, DP)
         q = load_rows(Q, b * q_b + (h * G + g) * q_h + t * q_t, ok, dims, D)
         begin = tl.load(Start + b * N + cell % (N + 1)).to(tl.int64)
@@ -78,30 +72,23 @@ def own(
     """A tile of queries with the keys ``Lo`` .. own slot, then one softmax with what the routed pass left."""
     i = tl.program_id(0)
     local = tl.program_id(1)
-    b = ((pair0 + local) // HKV).to(tl.int64)
-    h = ((pair0 + local) % HKV).to(tl.int64)
-    r = i * BM + tl.arange(0, BM)
-    ok = r < tokens * G
-    g = r % G
-    t = (t0 + r // G).to(tl.int64)
-    first = tl.load(Begin)
+    b, h = row_and_head(pair0 + local, HKV)
+    ok, t, g = queries_of_tile(i, t0, tokens, G, BM)
     lo = tl.load(Lo + b * T + t, mask=ok, other=S)
-    slot = first + t
+    slot = tl.load(Begin) + t
     dims = tl.arange(0, DP)
     q = load_rows(Q, b * q_b + (h * G + g) * q_h + t * q_t, ok, dims, D)
     acc = tl.zeros([BM, DP], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    # Lo never decreases along a row, padding included.
-    begin = tl.load(Lo + b * T + t0 + (i * BM) // G) // BN * BN
-    end = (first + t0 + tl.minimum((i * BM + BM - 1) // G + 1, tokens)).to(tl.int32)
+    begin, end = keys_of_tile(i, Lo, b * T, Begin, t0, tokens, G, BM, BN)
     for n in range(begin, end, BN):
         col = n + tl.arange(0, BN).to(tl.int64)
         k = load_rows(K, b * k_b + h * k_h + col * k_s, col < S, dims, D)
         v = load_rows(V, b * v_b + h * v_h + col * v_s, col < S, dims, D)
         keep = (col[None, :] >= lo[:, None]) & (col[None, :] <= slot[:, None])
         acc, top, total = attend_tile(q, k, v, keep, acc, top, total, scale)
-    read = (local * (G * tokens) + g * tokens + r // G) * W
+    read = (local * (G * tokens) + g * tokens + (t - t0).to(tl.int32)) * W
     for w in range(W):
         chosen = ok & (tl.load(Block + read + w, mask=ok, other=N) < N)
         lse = tl.load(PartLse + read + w, mask=chosen, other=float("-inf"))

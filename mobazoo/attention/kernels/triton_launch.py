@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from mobazoo.attention.kernels import triton_backward, triton_forward, triton_interpret
+from mobazoo.attention.kernels import triton_backward, triton_forward
 from mobazoo.attention.kernels.triton_lists import Lists
+from mobazoo.attention.kernels.triton_runs import begin
 from mobazoo.attention.kernels.triton_slabs import Layout, Slab, lists, slabs
 from mobazoo.attention.kernels.triton_tiles import Tiles, power_of_two, tiles
-
-log = logging.getLogger("mobazoo.attention")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
@@ -26,7 +22,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tu
         layout: documents and routes.
         scale: of the scores.
     """
-    _begin("forward", q.dtype, q.shape[3], q.device.type)
+    begin("forward", q.dtype, q.shape[3], q.device.type)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     group, dim = q.shape[1] // k.shape[1], q.shape[3]
@@ -35,7 +31,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tu
         for slab in parts:
             part, part_lse, block = q, lse, layout.doc  # not looked at without routed blocks
             if layout.width:
-                by_block, by_read = _tiles_of_reads(q, layout, slab, group), slab.pairs * group * slab.tokens
+                by_block, by_read = _tiles_of_reads("forward", q, layout, slab, group), slab.pairs * group * slab.tokens
                 found = lists(layout, slab, by_block.rows)
                 block = found.block
                 part = torch.empty(by_read * layout.width, dim, dtype=q.dtype, device=q.device)
@@ -45,7 +41,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tu
                     *(slab.token, slab.tokens, slab.pair, slab.pairs, layout.blocks, layout.block_size),
                     **_constants(layout, group, dim, by_block),
                 )
-            in_place = _tiles_of_queries(q, k, layout, slab, group)
+            in_place = _tiles_of_queries("forward", q, k, layout, slab, group)
             triton_forward.own[_grid(slab, group, in_place)](
                 *(q, k, v, layout.lo, layout.begin, part, part_lse, block, out, lse, scale, *strides),
                 *(q.shape[2], k.shape[2], slab.token, slab.tokens, slab.pair, layout.blocks),
@@ -69,7 +65,7 @@ def backward(
         layout: see ``q``.
         scale: see ``q``.
     """
-    _begin("backward", q.dtype, q.shape[3], q.device.type)
+    begin("backward", q.dtype, q.shape[3], q.device.type)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     group, dim = q.shape[1] // k.shape[1], q.shape[3]
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
@@ -80,7 +76,7 @@ def backward(
         for slab in parts:
             part, block = q, layout.doc  # not looked at without routed blocks
             if layout.width:
-                by_block = _tiles_of_reads(q, layout, slab, group)
+                by_block = _tiles_of_reads("backward", q, layout, slab, group)
                 found = lists(layout, slab, by_block.rows)
                 block = found.block
                 part = torch.empty(block.shape[0], dim, dtype=q.dtype, device=q.device)
@@ -89,7 +85,7 @@ def backward(
                     *(slab.token, slab.tokens, slab.pair, slab.pairs, layout.blocks, layout.block_size),
                     **_constants(layout, group, dim, by_block),
                 )
-            in_place = _tiles_of_queries(q, k, layout, slab, group)
+            in_place = _tiles_of_queries("backward", q, k, layout, slab, group)
             triton_backward.queries_own[_grid(slab, group, in_place)](
                 *(*saved, layout.lo, layout.begin, part, block, dq, scale, *strides),
                 *(q.shape[2], k.shape[2], slab.token, slab.tokens, slab.pair, layout.blocks),
@@ -112,7 +108,7 @@ def _keys(
 ) -> None:
     q, k = saved[:2]
     group, dim, slots = q.shape[1] // k.shape[1], q.shape[3], k.shape[2]
-    held = tiles(dim, q.element_size(), layout.block_size or slots, group * q.shape[2])
+    held = tiles("keys", dim, q.element_size(), layout.block_size or slots, group * q.shape[2], q.device)
     number = -(-slots // held.rows)
     readers = layout.readers(held.rows)
     blocks = layout.blocks_of(held.rows) if found else (readers, readers)
@@ -150,14 +146,14 @@ def _grid(slab: Slab, group: int, held: Tiles) -> tuple[int, int]:
     return -(-slab.tokens * group // held.rows), slab.pairs
 
 
-def _tiles_of_reads(q: Tensor, layout: Layout, slab: Slab, group: int) -> Tiles:
+def _tiles_of_reads(way: str, q: Tensor, layout: Layout, slab: Slab, group: int) -> Tiles:
     """As many rows as a block is read by on average, so that small lists waste little."""
     average = group * slab.tokens * layout.width // max(1, layout.blocks)
-    return tiles(q.shape[3], q.element_size(), average, layout.block_size)
+    return tiles(way, q.shape[3], q.element_size(), average, layout.block_size, q.device)
 
 
-def _tiles_of_queries(q: Tensor, k: Tensor, layout: Layout, slab: Slab, group: int) -> Tiles:
-    return tiles(q.shape[3], q.element_size(), group * slab.tokens, layout.block_size or k.shape[2])
+def _tiles_of_queries(way: str, q: Tensor, k: Tensor, layout: Layout, slab: Slab, group: int) -> Tiles:
+    return tiles(way, q.shape[3], q.element_size(), group * slab.tokens, layout.block_size or k.shape[2], q.device)
 
 
 def _constants(layout: Layout, group: int, dim: int, held: Tiles) -> dict[str, int]:
@@ -172,11 +168,3 @@ def _constants(layout: Layout, group: int, dim: int, held: Tiles) -> dict[str, i
         "num_warps": held.warps,
         "num_stages": held.stages,
     }
-
-
-@cache
-def _begin(way: str, dtype: torch.dtype, dim: int, device: str) -> None:
-    if device == "cpu":
-        triton_interpret.mend()
-    else:
-        log.info("backend triton: the first %s in %s with head dim %d compiles its kernels", way, dtype, dim)

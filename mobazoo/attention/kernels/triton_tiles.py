@@ -1,15 +1,17 @@
-"""Tile sizes of the Triton kernels. Measured rows may be added per architecture; the rest takes what fits anywhere."""
+"""Tile sizes of the Triton kernels: measured rows by architecture, and a safe default that fits anywhere.
+
+``tools/gpu_report.sh --section tiles`` measures candidates on the GPU it finds and prints rows for ``MEASURED``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
-# Shared memory holds two tiles of rows and two stages of streamed tiles: these stay under the 99 KiB of compute
-# capability 8.6, and spill few registers or none. By bytes of one row of a head, ascending: rows in a tile, streamed
-# rows, warps.
-_SAFE = ((128, 128, 64, 8), (256, 64, 64, 8), (512, 64, 16, 8), (1 << 30, 32, 16, 8))
-_STAGES = 2
+import torch
+
 _SMALLEST = 16  # tl.dot multiplies tiles of at least that
+_KEPT = 2048  # best keys of the gate's rows, 8 bytes each, that are held in registers beside the scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,29 @@ class Tiles:
     rows: int
     stream: int
     warps: int
-    stages: int = _STAGES
+    stages: int = 2
+
+
+# (compute capability, kernels, head dim, bytes of a number), head dims as powers of two. No GPU has been measured yet.
+MEASURED: dict[tuple[str, str, int, int], Tiles] = {}
+
+# Capabilities whose programs have the same shared memory and tensor cores as another's.
+_LIKE = {"8.9": "8.6"}
+
+# By bytes of one row of a head, ascending. All fit the 99 KiB of shared memory that a program may have on compute
+# capability 8.6, and few registers are spilled or none.
+_ATTENTION = ((128, Tiles(128, 64, 8)), (256, Tiles(64, 64, 8)), (512, Tiles(64, 16, 8)), (1024, Tiles(32, 16, 8, 1)))
+_GATE = ((256, Tiles(64, 64, 4)), (512, Tiles(32, 32, 4)), (1024, Tiles(32, 16, 4)))
+DEFAULT = {"forward": _ATTENTION, "backward": _ATTENTION, "keys": _ATTENTION, "gate": _GATE}
+
+# Bytes of shared memory that a program may have, by compute capability; unknown ones get the least.
+SHARED = {"8.0": 163 << 10, "8.6": 99 << 10, "8.9": 99 << 10, "9.0": 227 << 10}
+
+_BETWEEN_WARPS = 2 << 10
+
+# Tiles of rows that a kernel holds, and that one stage streams.
+_HELD = {"forward": 1, "backward": 2, "keys": 2, "gate": 1}
+_STREAMED = {"forward": 2, "backward": 2, "keys": 2, "gate": 1}
 
 
 def power_of_two(n: int) -> int:
@@ -27,15 +51,52 @@ def power_of_two(n: int) -> int:
     return max(_SMALLEST, 1 << (max(1, n) - 1).bit_length())
 
 
-def tiles(dim: int, itemsize: int, rows: int, stream: int) -> Tiles:
+def tiles(kernels: str, dim: int, itemsize: int, rows: int, stream: int, device: torch.device) -> Tiles:
     """Tiles for about ``rows`` rows against ``stream`` others.
 
     Args:
+        kernels: ``forward``, ``backward`` (of queries), ``keys`` (their backward) or ``gate``.
         dim: head dim.
         itemsize: bytes of a number.
         rows: how many there are to hold at the most, or on average where lists differ.
         stream: how many there are to stream.
+        device: where they run.
     """
-    width = power_of_two(dim) * itemsize
-    most, streamed, warps = next(row[1:] for row in _SAFE if width <= row[0])
-    return Tiles(min(most, power_of_two(rows)), min(streamed, power_of_two(stream)), warps)
+    found = entry(kernels, dim, itemsize, capability(device))
+    return Tiles(
+        min(found.rows, power_of_two(rows)), min(found.stream, power_of_two(stream)), found.warps, found.stages
+    )
+
+
+def gate_tiles(dim: int, itemsize: int, rows: int, reads: int, blocks: int, device: torch.device) -> Tiles:
+    """As ``tiles``, with fewer rows where each keeps many of its ``reads`` best ``blocks``."""
+    most = max(_SMALLEST, _KEPT // (1 << (reads - 1).bit_length()))
+    return tiles("gate", dim, itemsize, min(rows, most), blocks, device)
+
+
+def entry(kernels: str, dim: int, itemsize: int, name: str) -> Tiles:
+    """The table's row for a compute capability: measured there, on one like it, or the default."""
+    width = power_of_two(dim)
+    for known in (name, _LIKE.get(name)):
+        if (row := MEASURED.get((known or "", kernels, width, itemsize))) is not None:
+            return row
+    return next(row for most, row in DEFAULT[kernels] if width * itemsize <= most)
+
+
+@cache
+def capability(device: torch.device) -> str:
+    """``9.0`` and the like; empty where there is no GPU."""
+    return "{}.{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else ""
+
+
+def shared_bytes(kernels: str, width: int, itemsize: int, held: Tiles) -> int:
+    """Shared memory of a program at the most: tiles held, stages of streamed ones, and what passes between warps.
+
+    Args:
+        kernels: as in ``tiles``.
+        width: head dim as a power of two.
+        itemsize: bytes of a number.
+        held: tiles.
+    """
+    tiles_of_rows = _HELD[kernels] * held.rows + held.stages * _STREAMED[kernels] * held.stream
+    return tiles_of_rows * width * itemsize + _BETWEEN_WARPS
