@@ -42,7 +42,7 @@ class Point:
         """What names it in a result."""
         pattern = self.pattern
         here = {"mode": self.mode, "dtype": self.dtype, "length": self.length}
-        return {**here, "block_size": pattern.block_size, "top_k": pattern.top_k}
+        return {**here, "block_size": pattern.block_size, "top_k": pattern.top_k, "count": self.blocks.count}
 
     def pairs(self, name: str) -> float:
         """What the time of a contender is taken to be proportional to."""

@@ -68,7 +68,7 @@ def has_key(source: Source, key: str) -> bool:
     Raises:
         InputError: no YAML mapping.
     """
-    return key in _parse(source)
+    return key in list(_parse(source))  # `in` alone does not see a key whose value is missing
 
 
 def to_yaml(recipe: Any) -> str:
