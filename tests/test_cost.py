@@ -60,6 +60,10 @@ def test_predictions_hold_within_a_factor_of_two(pattern: MoBA) -> None:
     full, moba = measure([Full(), pattern], 16384, SHAPE, rounds=3)
     predicted = rates.seconds(Full(), 16384) / rates.seconds(pattern, 16384)
     assert 0.5 < predicted / (full / moba) < 2, (predicted, full / moba)
+    # The band can tell: what the short runs found, taken for all lengths, falls out of it.
+    short = max(4096, 2 * pattern.block_size * pattern.top_k)
+    found = rates.seconds(Full(), short) / rates.seconds(pattern, short)
+    assert not 0.5 < found / (full / moba) < 2, (found, full / moba)
 
 
 def test_the_command_counts_predicts_and_measures() -> None:

@@ -96,7 +96,7 @@ def series(number: int) -> str:
     return str(colours[number % len(colours)])
 
 
-def _style(colours: Mapping[str, str]) -> dict[str, Any]:
+def _style(colours: Mapping[str, str]) -> Any:
     said, faint = colours["--ink"], colours["--faint"]
     return {
         "svg.fonttype": "none",

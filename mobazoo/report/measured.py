@@ -1,4 +1,4 @@
-"""Parts of the page about probes and recall."""
+"""Parts of the page about probes, recall and tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from mobazoo.config.recipe import to_yaml
+from mobazoo.eval.tables import harness_rows
 from mobazoo.probe.tables import chosen_setting, grid_rows, layer_rows
 from mobazoo.report.collect import Findings
 from mobazoo.report.gallery import Gallery
@@ -82,4 +83,13 @@ def recalls(findings: Findings, gallery: Gallery) -> list[str]:
                 more("the numbers", table(header, rows)),
             )
         )
+    return parts
+
+
+def tasks(findings: Findings) -> list[str]:
+    """Scores in tasks of lm-eval."""
+    parts = []
+    for found in findings.of("lm_eval").values():
+        words = f"By lm-eval {found['version']}, with its standard errors."
+        parts.append(section("Tasks of lm-eval", table(*harness_rows(found)), paragraph(words, "soft")))
     return parts

@@ -13,7 +13,7 @@ from mobazoo.files import write_whole
 from mobazoo.report.collect import Findings, collect
 from mobazoo.report.gallery import Gallery
 from mobazoo.report.html import length_label, more, page, paragraph, section, table
-from mobazoo.report.measured import probes, recalls
+from mobazoo.report.measured import probes, recalls, tasks
 from mobazoo.report.style import CSS
 from mobazoo.report.times import prefills, sweeps
 
@@ -42,6 +42,7 @@ def render(findings: Findings, title: str, gallery: Gallery) -> str:
     """The page as text."""
     parts = [_head(findings, title), _short(findings), '<div class="grid">']
     parts += [*probes(findings, gallery), _losses(findings, gallery), *recalls(findings, gallery)]
+    parts += tasks(findings)
     parts += [*prefills(findings, gallery), *sweeps(findings, gallery), *_choices(findings, gallery)]
     parts += [*_texts(findings), "</div>", _stages(findings), _machine(findings)]
     return page(title, CSS, "".join(parts))

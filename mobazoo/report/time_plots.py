@@ -47,7 +47,7 @@ def sweep_time(rows: Sequence[Mapping[str, Any]], name: str) -> Plot:
                 if run["name"] == contender and "median_s" in run
             ]
             if found:
-                _curve(axes, number, *zip(*found, strict=True), contender)
+                _curve(axes, number, [one for one, _ in found], [one for _, one in found], contender)
         kind = {"prefill": "forward", "train": "forward and backward", "decode": "one token"}[rows[0]["mode"]]
         _axes(axes, [row["length"] for row in rows], "length (tokens)", f"{kind} (milliseconds)")
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 from mobazoo import extras
@@ -21,14 +19,6 @@ from tests.small import plain_checkpoint, text_folder, zoo_checkpoint
 
 def call(*args: object) -> Result:
     return CliRunner().invoke(app, list(map(str, args)))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -43,14 +40,6 @@ def run(folder: Path, *args: str) -> Result:
 def stage_rows(result: Result) -> list[list[str]]:
     rows = [line.split("\t") for line in result.stdout.splitlines()]
     return rows[rows.index(["stage", "verb", "recipe", "seconds", "result"]) + 1 :]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_demo_is_this_recipe() -> None:

@@ -1,18 +1,10 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.small import plain_checkpoint, text_folder, zoo_checkpoint
+from tests.small import one_thread, plain_checkpoint, text_folder, zoo_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,3 @@
-from tests.eval.conftest import _one_thread, plain, texts, zoo
+from tests.eval.conftest import one_thread, plain, texts, zoo
 
-__all__ = ["_one_thread", "plain", "texts", "zoo"]
+__all__ = ["one_thread", "plain", "texts", "zoo"]

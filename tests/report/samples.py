@@ -116,6 +116,9 @@ def write_run(folder: Path) -> Path:
     write_result(folder / "prefill.json", "bench", recipe, {"prefill": prefill()})
     write_result(folder / "probe.json", "probe", recipe, {"probe": probe()})
     write_result(folder / "recall.json", "eval", recipe, {"recall": recall()})
+    scored = {"samples": 3, "metrics": {"acc": {"value": 0.75, "error": 0.25}}}
+    tasks = {"version": "0.4.13", "settings": {"full": {"endings<b>": scored}, "moba": {"endings<b>": scored}}}
+    write_result(folder / "tasks.json", "eval", recipe, {"lm_eval": tasks})
     write_result(folder / "sweep.json", "bench", recipe, {"sweep": sweep()})
     text = {"prompt": "def f(\n", "text": HOSTILE, "prompt_tokens": 3, "new_tokens": 40, "seconds": 1.25}
     write_result(folder / "text.json", "generate", recipe, {"generate": text})

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from mobazoo.cli.output import progress, table
-from mobazoo.cli.scores import found_shares, harness_rows, loss_rows, recall_rows
 from mobazoo.cli.work import DryRun, Outcome, Overrides, RecipeArgument, work, would_load
 from mobazoo.config.eval import EvalRecipe
 from mobazoo.config.recipe import load_recipe
+from mobazoo.eval.tables import found_shares, harness_rows, loss_rows, recall_rows
 from mobazoo.files import check_result_place
 
 PLACE = ("3 Measure", 1)
@@ -22,7 +22,7 @@ Example: mobazoo eval loss model=./Qwen3-0.6B-moba data.path=stdlib length=8192 
 
 
 def main(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Measure a checkpoint on texts under several attention settings: loss by position, which blocks are read."""
+    """Measure a checkpoint on texts under several attention settings: loss by position, recall, lm-eval's tasks."""
     work(sys.modules[__name__], recipe, overrides, dry_run)
 
 

@@ -53,5 +53,6 @@ def execute(recipe: ReportRecipe) -> Outcome:
     """Writes the page and prints its short table."""
     (path, *pictures), (header, rows) = import_module("mobazoo.report.page").write_report(recipe)
     table("In short", header, rows)
-    said = "".join(f", and its plots as PNG into {folder}" for folder in pictures)
-    return Outcome(f"wrote {path}: open it in a browser{said}", [str(path), *map(str, pictures)])
+    for folder in pictures:
+        say(f"wrote the plots as PNG into {folder}")
+    return Outcome(f"wrote {path}: open it in a browser", [str(path), *map(str, pictures)])

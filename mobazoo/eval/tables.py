@@ -1,4 +1,4 @@
-"""The tables of an evaluation."""
+"""An evaluation's results as tables, for the console and the page."""
 
 from __future__ import annotations
 
