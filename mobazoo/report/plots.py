@@ -94,9 +94,9 @@ def block_load(layers: Sequence[Mapping[str, Any]], name: str) -> Plot:
     values = np.array([load(list(layer["heads"].values()), layer["block_size"]) for layer in layers])
 
     def draw(axes: Axes) -> None:
-        columns = [str(block) for block in range(values.shape[1])]
-        _heat_map(axes, values, columns, [str(layer["layer"]) for layer in layers])
-        axes.set_xlabel(f"block of {layers[0]['block_size']} tokens")
+        columns, top = [str(block) for block in range(values.shape[1])], float(values.max(initial=0.0)) or 1.0
+        _heat_map(axes, values, columns, [str(layer["layer"]) for layer in layers], top)
+        axes.set_xlabel(f"block of {layers[0]['block_size']} tokens (fullest colour: {100 * top:.0f} %)")
         axes.set_ylabel("layer")
 
     return single(draw, name, min(7.0, 1.2 + 0.45 * len(values)))
@@ -182,10 +182,12 @@ def recall(settings: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> Pl
     return Plot(name, 0.6 + 2.2 * len(tasks), draw)
 
 
-def _heat_map(axes: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
+def _heat_map(
+    axes: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str], top: float = 1.0
+) -> None:
     """Shares as the opacity of one colour, so that light, dark and every colour vision read the same; numbers too."""
     picture = np.zeros((*values.shape, 4))
-    picture[..., :3], picture[..., 3] = CHOSEN, 0.75 * values.clip(0, 1)  # never so full that letters drown
+    picture[..., :3], picture[..., 3] = CHOSEN, 0.75 * (values / top).clip(0, 1)  # never so full that letters drown
     axes.imshow(picture, interpolation="none", aspect="auto")
     for ticks, labels in ((axes.set_xticks, columns), (axes.set_yticks, rows)):
         step = -(-len(labels) // 8)
