@@ -17,7 +17,7 @@ from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.blockmask import tile_density
 from mobazoo.bench_limits import Limits, available, peak_of
 from mobazoo.bench_points import Point
-from mobazoo.checkpoint.ready import chosen
+from mobazoo.checkpoint.ready import usable
 from mobazoo.config.keys import nearest
 from mobazoo.config.rules import LayerAttention
 from mobazoo.config.sweep import SweepRecipe
@@ -43,8 +43,7 @@ def check_backends(recipe: SweepRecipe) -> None:
     for name in recipe.backends:
         if name not in ("auto", *BACKENDS):
             raise InputError(f"bench.backends: unknown backend {name!r}; {nearest(name, ('auto', *BACKENDS))}")
-    if recipe.device not in ("auto", "cpu") and not torch.cuda.is_available():
-        raise InputError(f"bench.device: want auto or cpu, there is no GPU here, got {recipe.device!r}")
+    usable(recipe.device, "bench.device")
 
 
 def time_sweep(recipe: SweepRecipe, progress: Progress) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def time_sweep(recipe: SweepRecipe, progress: Progress) -> dict[str, Any]:
         for length in sorted(recipe.lengths)
     ]
     limits, rows = Limits(recipe.longest), []
-    device = chosen(recipe.device)
+    device = usable(recipe.device)
     for number, point in enumerate(points):
         progress("attention", number, len(points))
         rows.append(_row(point, device, limits))

@@ -91,7 +91,8 @@ def test_without_moba_there_is_nothing_to_predict() -> None:
     assert "no layer has MoBA; add rules" in result.stdout
 
 
-def test_dry_run_and_errors(tmp_path: Path) -> None:
+def test_dry_run_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = call("explain", "llama-tiny", "length=64", "--dry-run").stdout
     assert "length: 64" in said
     (tmp_path / "again.yaml").write_text(said)
@@ -100,6 +101,11 @@ def test_dry_run_and_errors(tmp_path: Path) -> None:
         ("length=0", "explain.length: want a number >= 1, got 0"),
         ("rounds=0", "explain.rounds: want a number >= 1, got 0"),
         ("dtype=int8", "--dtype: want one of float32, bfloat16, float16, got 'int8'"),
+        (
+            "device=cuda",
+            "explain.device: want auto or cpu, there is no GPU here, got 'cuda'",
+        ),
+        ("device=toaster", "explain.device: want auto, cpu or cuda, got 'toaster'"),
         ("lenght=1", "unknown key 'lenght'; did you mean 'length'?"),
     ):
         result = call("explain", "llama-tiny", word)

@@ -182,9 +182,7 @@ def recall(settings: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> Pl
     return Plot(name, 0.6 + 2.2 * len(tasks), draw)
 
 
-def _heat_map(
-    axes: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str], top: float = 1.0
-) -> None:
+def _heat_map(axes: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str], top: float = 1.0) -> None:
     """Shares as the opacity of one colour, so that light, dark and every colour vision read the same; numbers too."""
     picture = np.zeros((*values.shape, 4))
     picture[..., :3], picture[..., 3] = CHOSEN, 0.75 * (values / top).clip(0, 1)  # never so full that letters drown

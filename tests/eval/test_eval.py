@@ -165,6 +165,13 @@ def test_errors(changes: dict[str, Any], message: str, zoo: Path, texts: Path) -
     assert refusal(evaluate, recipe(zoo, texts, **changes)).startswith(message)
 
 
+def test_a_device_that_is_not_here_is_refused(zoo: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refusal(evaluate, recipe(zoo, texts, device="cuda"))
+    assert said == "device: want auto or cpu, there is no GPU here, got 'cuda'"
+    assert refusal(evaluate, recipe(zoo, texts, device="toaster")) == "device: want auto, cpu or cuda, got 'toaster'"
+
+
 def test_a_text_beyond_the_positions_is_refused(zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("a" * 200)
     said = refusal(evaluate, recipe(zoo, tmp_path, length=150))
