@@ -54,7 +54,8 @@ def time_sweep(recipe: SweepRecipe, progress: Progress) -> dict[str, Any]:
 
     Returns:
         ``sweep``: a row for each point with ``runs``: ``name``, ``seconds`` of each round, ``median_s``, ``peak_bytes``
-        (beyond the inputs; None where the system does not say), ratios to the first rival, or ``skipped``.
+        (beyond the inputs; None where the system does not say), ratios to the first rival that was timed
+        (``against``), or ``skipped``.
 
     Raises:
         InputError: a recipe that cannot be used, or nothing in it that fits.
@@ -100,7 +101,7 @@ def _row(point: Point, device: str, limits: Limits) -> dict[str, Any]:
         timed, density = _rounds(calls, point.recipe.rounds, device), _density(point, tensors)
     for name, took in timed.items():
         limits.learn(point, name, median(took))
-    first = point.recipe.against[0]
+    first = next((rival for rival in point.recipe.against if rival in timed), None)
     return {
         **point.said(),
         "share_read": float(share_read([LayerAttention(point.pattern)], point.length)),
@@ -114,12 +115,12 @@ def _row(point: Point, device: str, limits: Limits) -> dict[str, Any]:
     }
 
 
-def _figures(timed: Mapping[str, list[float]], name: str, first: str) -> dict[str, Any]:
+def _figures(timed: Mapping[str, list[float]], name: str, first: str | None) -> dict[str, Any]:
     took = timed[name]
     found: dict[str, Any] = {"seconds": took, "median_s": median(took)}
-    if name != first and first in timed:
+    if first is not None and name != first:
         ratios = [one / other for one, other in zip(timed[first], took, strict=True)]
-        found |= {"speedup": median(ratios), "speedup_min": min(ratios), "speedup_max": max(ratios)}
+        found |= {"against": first, "speedup": median(ratios), "speedup_min": min(ratios), "speedup_max": max(ratios)}
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mobazoo.cli.output import size
 
-HEADER = ("mode", "dtype", "tokens", "blocks", "what", "ms", "range", "times faster", "range", "peak", "tiles")
+HEADER = ("mode", "dtype", "tokens", "blocks", "what", "ms", "range", "faster than", "range", "peak", "tiles")
 
 
 def sweep_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -21,7 +21,10 @@ def sweep_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             took = run["seconds"]
             faster = ("", "")
             if "speedup" in run:
-                faster = (f"{run['speedup']:.2f}", f"{run['speedup_min']:.2f} to {run['speedup_max']:.2f}")
+                faster = (
+                    f"{run['speedup']:.2f} x {run['against']}",
+                    f"{run['speedup_min']:.2f} to {run['speedup_max']:.2f}",
+                )
             peak = "" if run["peak_bytes"] is None else size(run["peak_bytes"])
             tiles = row["tile_density"] if run["name"].startswith("MoBA") else None
             yield (

@@ -43,7 +43,7 @@ class SweepRecipe:
             ``length`` tokens, whose centroids are there).
         backends: that compute MoBA, ``auto`` or by name.
         against: ``sdpa`` and ``flash-attn`` (full attention), ``naive`` (the same MoBA by a dense mask in memory: the
-            backend ``reference``). Ratios are to the first.
+            backend ``reference``). Ratios are to the first that was timed.
         dtypes: of q, k and v.
         batch: rows.
         query_heads: of a row.

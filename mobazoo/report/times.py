@@ -66,15 +66,14 @@ def _sweep(title: str, setting: str, rows: Sequence[Mapping[str, Any]], plot: An
                 left.append(f"{run['name']} at {length_label(row['length'])} {run['skipped']}")
                 continue
             took = run["seconds"]
-            faster = f"{run['speedup']:.2f}" if "speedup" in run else ""
+            faster = f"{run['speedup']:.2f} x {run['against']}" if "speedup" in run else ""
             peak = "" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 2**20:.0f}"
             span = f"{1e3 * min(took):.2f} to {1e3 * max(took):.2f}"
             cells.append((str(row["length"]), run["name"], f"{1e3 * run['median_s']:.2f}", span, faster, peak))
             said.append(f"{length_label(row['length'])} {run['name']} {1e3 * run['median_s']:.2f} ms")
     dense = [row["tile_density"] for row in rows if row["tile_density"] is not None]
     tiles = f" Blocks touch {100 * dense[-1]:.0f} % of the causal tiles at the longest length counted." if dense else ""
-    first = rows[0]["runs"][0]["name"]
-    header = ("tokens", "what", "ms", "range", f"times faster than {first}", "peak MiB")
+    header = ("tokens", "what", "ms", "range", "faster than", "peak MiB")
     return section(
         title,
         gallery.figure(plot, f"Line plot of time by length: {'; '.join(said)}.", f"{setting}; random inputs.{tiles}"),

@@ -72,7 +72,7 @@ def _sweep(recipe: SweepRecipe) -> Outcome:
     with progress() as update:
         found = import_module("mobazoo.bench_sweep").time_sweep(recipe, update)
     heads = f"{recipe.query_heads}/{recipe.key_heads} heads of {recipe.head_dim}"
-    title = f"Attention, {recipe.batch} x {heads}; ratios to {recipe.against[0]}, medians of {recipe.rounds} rounds"
+    title = f"Attention, {recipe.batch} x {heads}; medians of {recipe.rounds} rounds, ratios round by round"
     table(title, HEADER, list(sweep_rows(found)))
     runs = [run for row in found["sweep"] for run in row["runs"]]
     left = sum("skipped" in run for run in runs)
