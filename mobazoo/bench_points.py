@@ -12,9 +12,9 @@ from mobazoo.config.sweep import Blocks, SweepRecipe
 from mobazoo.cost import work
 from mobazoo.explain import keys_read
 
-# Bytes a pair of query and key of the naive way, found by `mobazoo bench ... against=[naive]`: scores three times over
-# in float32 and the mask; a backward keeps the weights and makes the scores' gradients.
-_NAIVE = {"prefill": 14, "train": 30, "decode": 14}
+# Bytes a pair of query and key of the naive way, from above: scores three times over in float32, and masks. The column
+# "peak" of `mobazoo bench moba-paper lengths='[8192]' modes='[train, prefill]'` has 12 and 14.
+_NAIVE = {"prefill": 14, "train": 18, "decode": 14}
 _TILE = 128
 
 
