@@ -15,6 +15,7 @@ from rich.table import Table
 
 from mobazoo import bench_decode
 from mobazoo.bench_attention import Case, Result, measured, stages, suite_cpu
+from mobazoo.bench_page import bench_page, described
 from mobazoo.errors import InputError, MobazooError
 from mobazoo.files import write_whole
 from mobazoo.results import machine
@@ -64,7 +65,7 @@ def main(
                 result.stages = stages(case)
                 console.print(_stages_line(result))
         console.print(_rich(results))
-        console.print(_machine_line())
+        console.print(described(machine()))
         if json_path is not None:
             rows = [{**result.row(), "bound": bound} for result, bound in results]
             write_whole(json_path, json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
@@ -97,35 +98,25 @@ def _rich(results: list[tuple[Result, str]]) -> Table:
     return table
 
 
-def _machine_line() -> str:
-    return ", ".join(f"{name} {value}" for name, value in machine().items())
-
-
 def _stages_line(result: Result) -> str:
     spent = ", ".join(f"{name} {1e3 * value:.0f}" for name, value in result.stages.items())
     return f"{result.case.label()}: {spent} (ms)"
 
 
 def _markdown(results: list[tuple[Result, str]], suite: str) -> str:
-    """The page docs/benchmarks/cpu.md: written whole by a command, never by hand."""
-    lines = [
-        "# MoBA against full attention on a CPU",
-        "",
-        f"Written by `python -m mobazoo.bench --suite {suite} --markdown ...`; {_machine_line()}.",
-        "",
+    """The page docs/benchmarks/cpu.md."""
+    words = [
         "Batch 1, 4 query and 2 key heads, head dim 64, random inputs. Full attention is",
         "`scaled_dot_product_attention(is_causal=True)` on repeated keys and values. Times are medians; a ratio is the",
         "median over paired rounds, the range its extremes.",
-        "",
-        "| " + " | ".join(HEADER) + " |",
-        "|" + " --- |" * len(HEADER),
-        *("| " + " | ".join(_cells(result, bound)) + " |" for result, bound in results),
-        "",
+    ]
+    after = [
         "Where a thread spends the forward of one key head (gate and own blocks timed alone, the rest profiled):",
         "",
         *(f"- {_stages_line(result)}" for result, _ in results if result.stages),
     ]
-    return "\n".join(lines) + "\n"
+    rows = [_cells(result, bound) for result, bound in results]
+    return bench_page("MoBA against full attention on a CPU", suite, machine(), words, HEADER, rows, after)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mobazoo.attention import Full, MoBA, Routes, attend, route
 from mobazoo.bench_attention import seconds
+from mobazoo.bench_page import bench_page, described
 from mobazoo.files import write_whole
 from mobazoo.nn.cache_layer import MobaCacheLayer
 from mobazoo.nn.rows import Rows
@@ -233,7 +234,7 @@ def run(
     console.print(table)
     console.print(note)
     about = machine()
-    console.print(", ".join(f"{name} {value}" for name, value in about.items()))
+    console.print(described(about))
     if json_path is not None:
         rows: list[dict[str, Any]] = [dict(vars(line), ratio=median(line.ratios)) for line in lines]
         write_whole(json_path, json.dumps({"machine": about, "results": rows, "note": note}, indent=1) + "\n")
@@ -242,25 +243,14 @@ def run(
 
 
 def _page(lines: list[Line], note: str, about: dict[str, str], sizes: Sizes) -> str:
-    """The page docs/benchmarks/decode.md: written whole by a command, never by hand."""
+    """The page docs/benchmarks/decode.md."""
     pattern = sizes.pattern
-    text = [
-        "# Decoding and chunked prefill on a CPU",
-        "",
-        "Written by `python -m mobazoo.bench --suite decode --markdown ...`; "
-        + ", ".join(f"{name} {value}" for name, value in about.items())
-        + ".",
-        "",
+    words = [
         f"Batch 1, {sizes.layers} layers, {sizes.query_heads} query and {sizes.key_heads} key heads, head dim "
         f"{sizes.head_dim}, float32, block {pattern.block_size}, top {pattern.top_k}, random inputs, so that a group's",
         "heads choose different blocks. A token's time is that of the cache's update, the gate and attention in all",
         "layers; the dense rivals only attend. Times are medians; a ratio is the median over paired rounds, the range",
         "its extremes.",
-        "",
-        "| " + " | ".join(HEADER) + " |",
-        "|" + " --- |" * len(HEADER),
-        *("| " + " | ".join(line.cells()) + " |" for line in lines),
-        "",
-        note,
     ]
-    return "\n".join(text) + "\n"
+    rows = [line.cells() for line in lines]
+    return bench_page("Decoding and chunked prefill on a CPU", "decode", about, words, HEADER, rows, [note])

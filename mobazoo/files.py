@@ -15,8 +15,8 @@ RESULT = "mobazoo"  # the key that tells a result from any other JSON file
 _STAMP = {"digest", "verb", "command", "recipe", "line", "outputs", "seconds"}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file beside its place and renames it when it is on disk.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file beside its place and renames it when it is on disk.
 
     Raises:
         InputError: a place that cannot be written.
@@ -24,8 +24,8 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mobazoo.checkpoint.convert import convert
 from mobazoo.config.convert import ConvertRecipe
+from mobazoo.errors import InputError
 
 RULES: list[dict[str, Any]] = [{"layers": ":", "pattern": "moba", "block_size": 8, "top_k": 2}]
 FULL: list[dict[str, Any]] = [{"layers": ":", "pattern": "full"}]
+
+
+def refusal(measure: Callable[..., Any], recipe: Any) -> str:
+    """The one line with which a measurement refuses a recipe."""
+    with pytest.raises(InputError) as caught:
+        measure(recipe, lambda *_: None)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def plain_checkpoint(folder: Path, positions: int = 128) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mobazoo.checkpoint.load import Progress, checked, load
+from mobazoo.errors import InputError
 from mobazoo.nn.causal_lm import MobaForCausalLM
 
 
@@ -25,7 +26,7 @@ def ready_model(
     Raises:
         InputError, UnsupportedError: as ``load``.
     """
-    return load(name, attention=attention, device=chosen(device), dtype=dtype, progress=progress)
+    return load(name, attention=attention, device=usable(device), dtype=dtype, progress=progress)
 
 
 def check_ready(
@@ -37,6 +38,22 @@ def check_ready(
         InputError, UnsupportedError: as ``load``.
     """
     checked(name, attention=attention, device=chosen(device), dtype=dtype)
+
+
+def usable(device: str, where: str = "device") -> str:
+    """``chosen``, where it is on this machine.
+
+    Raises:
+        InputError: no device, or a GPU where there is none.
+    """
+    found = chosen(device)
+    try:
+        kind = torch.device(found).type
+    except RuntimeError:
+        raise InputError(f"{where}: want auto, cpu or cuda, got {device!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"{where}: want auto or cpu, there is no GPU here, got {device!r}")
+    return found
 
 
 def chosen(device: str) -> str:

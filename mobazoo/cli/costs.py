@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from mobazoo.attention.pattern import Full, MoBA, Pattern
-from mobazoo.cli.describe import config_of, device_of, dtype_of
+from mobazoo.checkpoint.ready import usable
+from mobazoo.cli.describe import config_of, dtype_of
 from mobazoo.cli.output import count, size
 from mobazoo.config.explain import ExplainRecipe
 from mobazoo.config.rules import LayerAttention, join_rules, parse_rules, resolve
@@ -40,7 +43,7 @@ def explain(recipe: ExplainRecipe) -> Explained:
         config.num_key_value_heads,
         config.head_dim,
         dtype_of(recipe.dtype),
-        device_of(recipe.device),
+        torch.device(usable(recipe.device, "explain.device")).type,
     )
     length, full = recipe.length, [LayerAttention()] * len(layers)
     cache = kv_bytes(len(layers), shape.key_heads, shape.head_dim, shape.dtype) * length

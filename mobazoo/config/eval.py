@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mobazoo.config.data import Data
 from mobazoo.config.keys import nearest
 from mobazoo.config.rules import parse_rules
 from mobazoo.errors import InputError
+from mobazoo.extras import require
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +67,12 @@ class RecallTask:
     keys: int = 4
     hops: int = 2
 
-    def check(self) -> None:
+    def check(self, where: str = "eval.recall") -> None:
         """Everything that can be known without the model and the texts.
 
         Raises:
             InputError: a value that no prompt could have.
         """
-        where = "eval.recall"
         for name in self.tasks:
             if name not in RECALL_TASKS:
                 raise InputError(f"{where}.tasks: unknown task {name!r}; {nearest(name, RECALL_TASKS)}")
@@ -90,6 +91,40 @@ class RecallTask:
 
 
 @dataclass(frozen=True, slots=True)
+class LmEvalTask:
+    """Tasks of lm-eval (the extra ``lm-eval``).
+
+    Attributes:
+        tasks: names of its own tasks, or of those in ``include``.
+        include: folder of task files of your own, as lm-eval reads them (None: no such folder).
+        synthetic: prompts of our own as tasks of lm-eval, written for each task and length (None: none); they need no
+            network.
+        limit: most samples of a task (None: all).
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    include: str | None = None
+    synthetic: RecallTask | None = None
+    limit: int | None = None
+
+    def check(self) -> None:
+        """Everything that can be known without lm-eval.
+
+        Raises:
+            InputError: nothing to do, or no such folder.
+        """
+        where = "eval.lm_eval"
+        if not self.tasks and self.synthetic is None:
+            raise InputError(f"{where}.tasks: want at least one, or {where}.synthetic, got none")
+        if self.include is not None and not Path(self.include).expanduser().is_dir():
+            raise InputError(f"{where}.include: want a folder of task files, there is none at {self.include}")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"{where}.limit: want a number >= 1, got {self.limit}")
+        if self.synthetic is not None:
+            self.synthetic.check(f"{where}.synthetic")
+
+
+@dataclass(frozen=True, slots=True)
 class EvalRecipe:
     """What one set of weights does under several attention settings, on the same texts.
 
@@ -105,6 +140,7 @@ class EvalRecipe:
         loss: what to measure of the loss (None: nothing).
         choices: whose block choices to keep (None: nobody's).
         recall: what to look for in long texts (None: nothing).
+        lm_eval: which tasks of lm-eval to do (None: none).
         device: ``auto`` takes a GPU if there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16`` (None: as stored).
     """
@@ -119,6 +155,7 @@ class EvalRecipe:
     loss: LossTask | None = field(default_factory=LossTask)
     choices: ChoicesTask | None = None
     recall: RecallTask | None = None
+    lm_eval: LmEvalTask | None = None
     device: str = "auto"
     dtype: str | None = None
 
@@ -146,8 +183,22 @@ class EvalRecipe:
             raise InputError(f"eval.choices.setting: want one of {known}, got {self.choices.setting!r}")
         if self.recall is not None:
             self.recall.check()
-        if self.loss is None and self.choices is None and self.recall is None:
-            raise InputError("eval: loss, choices and recall are all null, so there is nothing to do; give one of them")
+        if self.lm_eval is not None:
+            self.lm_eval.check()
+        if self.loss is None and self.choices is None and self.recall is None and self.lm_eval is None:
+            raise InputError(
+                "eval: loss, choices, recall and lm_eval are all null, so there is nothing to do; give one of them"
+            )
+
+    def require(self) -> None:
+        """Refuses to begin without the libraries it needs.
+
+        Raises:
+            UnsupportedError: one that is not here.
+        """
+        self.data.require()
+        if self.lm_eval is not None:
+            require("lm_eval", "eval.lm_eval", "mobazoo[lm-eval]")
 
     def named_settings(self) -> dict[str, list[dict[str, Any]]]:
         """The settings; the checkpoint as it is where there are none."""

@@ -62,6 +62,15 @@ def parse_recipe(source: Source, overrides: Sequence[str], schema: type[T]) -> T
         raise InputError(f"{source.where}: {str(error).splitlines()[0]}") from None
 
 
+def has_key(source: Source, key: str) -> bool:
+    """Whether a recipe's text says a top-level key, for verbs that have several schemas.
+
+    Raises:
+        InputError: no YAML mapping.
+    """
+    return key in list(_parse(source))  # `in` alone does not see a key whose value is missing
+
+
 def to_yaml(recipe: Any) -> str:
     """A recipe as YAML that loads to the same recipe."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(recipe)))

@@ -15,11 +15,13 @@ class ReportRecipe:
         run: folder of the run, with the JSON results of its stages.
         dest: HTML file (None: ``report.html`` in that folder).
         title: heading of the page.
+        pictures: whether to write every plot as PNG too, light and dark, into ``report-pictures`` beside the page.
     """
 
     run: str
     dest: str | None = None
     title: str = "MoBA: what it costs and what it saves"
+    pictures: bool = True
 
     def require(self) -> None:
         """Refuses to begin without the libraries it needs.

@@ -10,6 +10,7 @@ from mobazoo.checkpoint.tokenizer import load_tokenizer
 from mobazoo.config.eval import EvalRecipe
 from mobazoo.errors import InputError
 from mobazoo.eval.choices import block_choices
+from mobazoo.eval.harness import measure_tasks
 from mobazoo.eval.loss import measure_loss
 from mobazoo.eval.parts import Parts
 from mobazoo.eval.recall import measure_recall
@@ -27,8 +28,10 @@ def evaluate(recipe: EvalRecipe, progress: Callable[[str, int, int], None]) -> d
 
     Raises:
         InputError: a recipe, model or data that cannot be used.
+        UnsupportedError: a library that the recipe needs is not here.
     """
     recipe.check()
+    recipe.require()
     tokenizer = load_tokenizer(recipe.model)
     found: dict[str, Any] = {}
     texts = None
@@ -51,6 +54,8 @@ def evaluate(recipe: EvalRecipe, progress: Callable[[str, int, int], None]) -> d
         found["choices"] = {"setting": asked.setting, "text": texts.names[asked.text], **chosen}
     if recipe.recall is not None:
         found["recall"] = measure_recall(model, tokenizer, recipe, parts, progress)
+    if recipe.lm_eval is not None:
+        found["lm_eval"] = measure_tasks(model, tokenizer, recipe, parts, progress)
     if recipe.dest is not None:
         write_result(recipe.dest, "eval", recipe, found)
         parts.done()

@@ -98,7 +98,14 @@ class Haystack:
     encode: Callable[[str], list[int]]
 
     @classmethod
-    def read(cls, data: Data, tokenizer: PreTrainedTokenizerBase, length: int, most: int = 64) -> Haystack:
+    def read(
+        cls,
+        data: Data,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        most: int = 64,
+        where: str = "eval.recall.lengths",
+    ) -> Haystack:
         """At least ``length`` tokens, and up to ``most`` documents, so that samples begin in different ones.
 
         Raises:
@@ -117,7 +124,7 @@ class Haystack:
             tokens += encode(document.text + "\n")
         if len(tokens) < length:
             raise InputError(
-                f"eval.recall.lengths: want texts of {length} tokens in all, data.path={data.path} has {len(tokens)}; "
+                f"{where}: want texts of {length} tokens in all, data.path={data.path} has {len(tokens)}; "
                 "give shorter lengths or other data"
             )
         begin = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
@@ -130,7 +137,14 @@ class Haystack:
 
 
 def pose(
-    kind: str, haystack: Haystack, length: int, depth: float, task: RecallTask, source: Random, number: int
+    kind: str,
+    haystack: Haystack,
+    length: int,
+    depth: float,
+    task: RecallTask,
+    source: Random,
+    number: int,
+    where: str = "eval.recall.lengths",
 ) -> Question:
     """A prompt of exactly ``length`` tokens.
 
@@ -142,6 +156,7 @@ def pose(
         task: how many keys and hops.
         source: of names, numbers and other depths.
         number: of the sample; each begins with another document.
+        where: the key of the length, for messages.
 
     Raises:
         InputError: no room for the needles.
@@ -152,7 +167,7 @@ def pose(
     room = length - len(haystack.begin) - len(question) - sum(len(needle) for _, needle in needles)
     if room < 1:
         raise InputError(
-            f"eval.recall.lengths: {length} tokens leave no text around what {kind} hides, which takes "
+            f"{where}: {length} tokens leave no text around what {kind} hides, which takes "
             f"{length - room}; give longer lengths"
         )
     prompt, text, done = list(haystack.begin), haystack.text(number, room), 0

@@ -24,7 +24,7 @@ from mobazoo.nn.causal_lm import MobaForCausalLM
 
 Progress = Callable[[str, int, int], None]
 
-_SPARE = 8  # tokens a reply may have beyond the longest that is wanted
+SPARE = 8  # tokens a reply may have beyond the longest that is wanted
 
 
 def measure_recall(
@@ -58,7 +58,7 @@ def measure_recall(
                     pose(kind, haystack, length, depth, task, random.Random(f"{kind} {length} {depth} {i}"), i)
                     for i in range(task.samples)
                 ]
-                _check_positions(model, questions, length)
+                check_positions(model, questions, length)
                 key = f"recall {name} {kind} {length} {depth}"
                 said = parts.get(key, partial(_cell, model, tokenizer, questions, recipe.batch))
                 cells.append({"task": kind, "length": length, "depth": depth, **said})
@@ -77,12 +77,19 @@ def score(reply: str, answers: Sequence[str]) -> float:
     return sum(answer.lower() in reply.lower() for answer in answers) / len(answers)
 
 
-def _check_positions(model: MobaForCausalLM, questions: Sequence[Question], length: int) -> None:
+def check_positions(
+    model: MobaForCausalLM, questions: Sequence[Question], length: int, where: str = "eval.recall.lengths"
+) -> None:
+    """Refuses prompts and replies that the model has no positions for.
+
+    Raises:
+        InputError: too long.
+    """
     limit = model.config.max_position_embeddings
-    need = length + max(len(question.reply) for question in questions) + _SPARE
+    need = length + max(len(question.reply) for question in questions) + SPARE
     if need > limit:
         raise InputError(
-            f"eval.recall.lengths: {length} tokens and a reply need {need} positions, the model has {limit}; "
+            f"{where}: {length} tokens and a reply need {need} positions, the model has {limit}; "
             "give shorter lengths, or convert the model to a longer context"
         )
 
@@ -103,7 +110,7 @@ def _cell(
 def _replies(model: MobaForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:
     """What the model writes after each prompt; all prompts are equally long, so there is no padding."""
     ids = torch.tensor([question.prompt for question in questions], device=model.device)
-    new = max(len(question.reply) for question in questions) + _SPARE
+    new = max(len(question.reply) for question in questions) + SPARE
     greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     out: Tensor = model.generate(
         ids,

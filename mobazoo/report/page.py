@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,17 @@ from mobazoo.config.recipe import to_yaml
 from mobazoo.config.report import ReportRecipe
 from mobazoo.files import write_whole
 from mobazoo.report.collect import Findings, collect
-from mobazoo.report.html import figure, length_label, more, page, paragraph, section, table
-from mobazoo.report.measured import probes, recalls
+from mobazoo.report.gallery import Gallery
+from mobazoo.report.html import length_label, more, page, paragraph, section, table
+from mobazoo.report.measured import probes, recalls, tasks
 from mobazoo.report.style import CSS
+from mobazoo.report.times import prefills, sweeps
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
-def write_report(recipe: ReportRecipe) -> tuple[Path, Table]:
-    """Writes the page; returns its path and its short table.
+def write_report(recipe: ReportRecipe) -> tuple[list[Path], Table]:
+    """Writes the page and its plots as pictures; returns the page's path, the pictures' folder and a short table.
 
     Raises:
         InputError: a folder without results, or a place that cannot be written.
@@ -28,19 +29,22 @@ def write_report(recipe: ReportRecipe) -> tuple[Path, Table]:
     """
     recipe.require()
     folder = Path(recipe.run).expanduser()
-    findings = collect(folder)
+    findings, gallery = collect(folder), Gallery()
     dest = Path(recipe.dest).expanduser() if recipe.dest else folder / "report.html"
-    write_whole(dest, render(findings, recipe.title))
-    return dest, short_table(findings)
+    write_whole(dest, render(findings, recipe.title, gallery))
+    pictures = dest.parent / f"{dest.stem}-pictures"
+    if recipe.pictures:
+        gallery.write(pictures)
+    return [dest, *([pictures] if recipe.pictures and gallery.shown else [])], short_table(findings)
 
 
-def render(findings: Findings, title: str) -> str:
+def render(findings: Findings, title: str, gallery: Gallery) -> str:
     """The page as text."""
-    plots = import_module("mobazoo.report.plots")
     parts = [_head(findings, title), _short(findings), '<div class="grid">']
-    parts += [*probes(findings, plots), _losses(findings, plots), *recalls(findings, plots)]
-    parts += [_prefill(findings, plots), *_choices(findings, plots), *_texts(findings)]
-    parts += ["</div>", _stages(findings), _machine(findings)]
+    parts += [*probes(findings, gallery), _losses(findings, gallery), *recalls(findings, gallery)]
+    parts += tasks(findings)
+    parts += [*prefills(findings, gallery), *sweeps(findings, gallery), *_choices(findings, gallery)]
+    parts += [*_texts(findings), "</div>", _stages(findings), _machine(findings)]
     return page(title, CSS, "".join(parts))
 
 
@@ -80,7 +84,7 @@ def _short(findings: Findings) -> str:
     return section("In short", table(header, rows), paragraph(words, "soft"))
 
 
-def _losses(findings: Findings, plots: Any) -> str:
+def _losses(findings: Findings, gallery: Gallery) -> str:
     losses = findings.of("loss")
     if not losses:
         return ""
@@ -100,58 +104,44 @@ def _losses(findings: Findings, plots: Any) -> str:
         f"{', '.join(dict.fromkeys(texts))}. Where a curve falls, later tokens profit from what was read before. A gap "
         "between the settings of one measurement is what block attention costs there."
     )
-    drawn = plots.loss_by_position(losses, "loss")
+    plot = gallery.plots.loss_by_position(losses, "loss")
     return section(
         "Loss by position",
-        figure(drawn, f"Line plot of loss by position, first to last. {'; '.join(curves)}.", caption),
+        gallery.figure(plot, f"Line plot of loss by position, first to last. {'; '.join(curves)}.", caption),
         more("the numbers, with standard errors", *tables),
     )
 
 
-def _prefill(findings: Findings, plots: Any) -> str:
-    parts = []
-    for name, rows in findings.of("prefill").items():
-        cells = [
-            (
-                f"{row['length']}",
-                f"{row['full_median_s']:.3f}",
-                f"{row['moba_median_s']:.3f}",
-                f"{row['speedup']:.2f}",
-                f"{row['speedup_min']:.2f} to {row['speedup_max']:.2f}",
-                f"{100 * row['share_read']:.3g} %",
-            )
-            for row in rows
-        ]
-        said = "; ".join(f"{cell[0]} tokens: full {cell[1]} s, MoBA {cell[2]} s" for cell in cells)
-        rounds = len(rows[0]["full_s"])
-        caption = (
-            f"Medians of {rounds} rounds in turn; at each length, how many times faster MoBA is (below 1: slower)."
-        )
-        header = ("tokens", "full s", "MoBA s", "times faster", "range", "keys read")
-        parts.append(
-            section(
-                "Time to read a prompt",
-                figure(plots.prefill_time(rows, f"prefill-{name}"), f"Line plot of prefill time: {said}.", caption),
-                more("the numbers", table(header, cells)),
-            )
-        )
-    return "".join(parts)
-
-
-def _choices(findings: Findings, plots: Any) -> list[str]:
+def _choices(findings: Findings, gallery: Gallery) -> list[str]:
     parts = []
     for name, choices in findings.of("choices").items():
+        where = f"Setting {choices['setting']}, {name}; the text is {choices['text']}."
+        for size in dict.fromkeys(layer["block_size"] for layer in choices["layers"]):
+            some = [layer for layer in choices["layers"] if layer["block_size"] == size]
+            parts.append(_load(some, size, f"load-{name}-{size}", where, gallery))
         for layer in choices["layers"]:
             number, size = layer["layer"], layer["block_size"]
             caption = (
-                f"Setting {choices['setting']}, {name}; the text is {choices['text']}. A query down the side reads its "
-                "own block (orange) and the blocks the gate picks for it (blue, fuller where more of its neighbours "
-                "pick it)."
+                f"{where} A query down the side reads its own block (orange) and the blocks the gate picks for it "
+                "(blue, fuller where more of its neighbours pick it)."
             )
             alternative = f"Heat map by head of which blocks of {size} tokens the queries of layer {number} read."
-            drawn = figure(plots.block_choices(layer, f"choices-{name}-{number}"), alternative, caption)
-            parts.append(section(f"Blocks that layer {number} reads", drawn))
+            plot = gallery.plots.block_choices(layer, f"choices-{name}-{number}")
+            parts.append(section(f"Blocks that layer {number} reads", gallery.figure(plot, alternative, caption)))
     return parts
+
+
+def _load(layers: Sequence[Mapping[str, Any]], size: int, name: str, where: str, gallery: Gallery) -> str:
+    rows = []
+    for layer in layers:
+        shares = gallery.plots.load(list(layer["heads"].values()), size)
+        most = max(range(len(shares)), key=shares.__getitem__)
+        rows.append((str(layer["layer"]), str(most), *(f"{100 * x:.0f} %" for x in (max(shares), min(shares)))))
+    said = "; ".join(f"layer {row[0]}: block {row[1]} most, {row[2]}, the least {row[3]}" for row in rows)
+    caption = f"{where} Percent of the queries behind a block, over the heads shown, that pick it."
+    header = ("layer", "most read", "by", "least read by")
+    drawn = gallery.figure(gallery.plots.block_load(layers, name), f"Heat map of block load by layer. {said}.", caption)
+    return section("How often blocks are read", drawn, more("the numbers", table(header, rows)))
 
 
 def _texts(findings: Findings) -> list[str]:

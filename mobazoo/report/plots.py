@@ -1,44 +1,25 @@
-"""The plots of a page, by matplotlib, as SVG whose colours the page decides."""
+"""The plots of a page about losses, probes, recall and block choices."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
+from mobazoo.report.draw import Plot, faint, ink, paper, series, single
 from mobazoo.report.html import length_label
-from mobazoo.report.style import CHOSEN, FAINT, INK, OWN, PAPER, SERIES, VARIABLES
+from mobazoo.report.style import CHOSEN, OWN
 
-# About as wide as a phone, so that text is read there at its own size.
-_WIDTH = 5.0
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mobazoo",
-    "font.size": 12,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": FAINT,
-    "legend.frameon": False,
-}
-_DASHES = ("--", "-", ":", "-.")
-_MARKERS = ("o", "s", "^", "D")
+DASHES = ("--", "-", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
 
 
-def loss_by_position(losses: Mapping[str, Any], name: str) -> str:
+def loss_by_position(losses: Mapping[str, Any], name: str) -> Plot:
     """Loss by position; a colour for each setting, a dash for each result.
 
     Args:
@@ -56,9 +37,9 @@ def loss_by_position(losses: Mapping[str, Any], name: str) -> str:
                 axes.plot(
                     middle,
                     values,
-                    color=SERIES[number % len(SERIES)],
-                    linestyle=_DASHES[which % len(_DASHES)],
-                    marker=_MARKERS[number % len(_MARKERS)],
+                    color=series(number),
+                    linestyle=DASHES[which % len(DASHES)],
+                    marker=MARKERS[number % len(MARKERS)],
                     markersize=4,
                     markerfacecolor="none" if which == 0 and len(losses) > 1 else None,
                     label=f"{setting}, {result}",
@@ -69,44 +50,16 @@ def loss_by_position(losses: Mapping[str, Any], name: str) -> str:
         axes.grid(axis="y", linewidth=0.6)
         axes.legend(fontsize=11, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    return _single(draw, name, 4.0)
+    return single(draw, name, 4.0)
 
 
-def prefill_time(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Seconds by length with full attention and with MoBA, both axes logarithmic, and how many times faster."""
-
-    def draw(axes: Axes) -> None:
-        lengths = [row["length"] for row in rows]
-        for number, (key, label) in enumerate((("full", "full attention"), ("moba", "MoBA"))):
-            values = [row[f"{key}_median_s"] for row in rows]
-            axes.plot(lengths, values, color=SERIES[number], marker=_MARKERS[number], markersize=5, label=label)
-        for row in rows:
-            at = (row["length"], max(row["full_median_s"], row["moba_median_s"]))
-            text = f"{row['speedup']:.1f}x"
-            axes.annotate(text, at, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=11, color=INK)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(lengths, [length_label(length) for length in lengths])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.margins(x=0.08, y=0.15)
-        axes.set_xlabel("prompt (tokens)")
-        axes.set_ylabel("time to read it (seconds)")
-        axes.grid(axis="y", linewidth=0.6)
-        axes.legend(fontsize=11, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-
-    return _single(draw, name, 4.0)
-
-
-def block_choices(layer: Mapping[str, Any], name: str, most: int = 4) -> str:
+def block_choices(layer: Mapping[str, Any], name: str, most: int = 4) -> Plot:
     """A picture for each of up to ``most`` heads: down the queries, across the blocks they read."""
     heads = dict(list(layer["heads"].items())[:most])
     columns = min(2, len(heads))
     rows = -(-len(heads) // columns)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.5 + 2.6 * rows), layout="constrained")
+
+    def draw(figure: Figure) -> None:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(heads) :]:
             axes.set_axis_off()
@@ -127,10 +80,50 @@ def block_choices(layer: Mapping[str, Any], name: str, most: int = 4) -> str:
                 axes.tick_params(labelleft=False)
             if place + columns >= len(heads):
                 axes.set_xlabel(f"block of {layer['block_size']} tokens")
-        return _svg(figure, name)
+
+    return Plot(name, 0.5 + 2.6 * rows, draw)
 
 
-def mass_by_head(layers: Sequence[Mapping[str, Any]], name: str) -> str:
+def block_load(layers: Sequence[Mapping[str, Any]], name: str) -> Plot:
+    """How often each block is read, down the layers, across the blocks: the share of the later queries, over all heads.
+
+    Args:
+        layers: of one block size, each with ``layer``, ``block_size`` and the choices of ``heads``.
+        name: of the plot, unique in its page.
+    """
+    values = np.array([load(list(layer["heads"].values()), layer["block_size"]) for layer in layers])
+
+    def draw(axes: Axes) -> None:
+        columns, top = [str(block) for block in range(values.shape[1])], float(values.max(initial=0.0)) or 1.0
+        _heat_map(axes, values, columns, [str(layer["layer"]) for layer in layers], top)
+        axes.set_xlabel(f"block of {layers[0]['block_size']} tokens (fullest colour: {100 * top:.0f} %)")
+        axes.set_ylabel("layer")
+
+    return single(draw, name, min(7.0, 1.2 + 0.45 * len(values)))
+
+
+def load(heads: Sequence[Sequence[Sequence[int]]], block_size: int) -> list[float]:
+    """Share of the queries behind a block's end that chose it, for every block that has such queries.
+
+    Args:
+        heads: for each head, the blocks of each query, its own left out.
+        block_size: tokens in a block.
+
+    Example:
+        >>> load([[[], [], [0], [0], [0], [1]]], 2)
+        [0.75, 0.5]
+    """
+    length = len(heads[0])
+    blocks = (length - 1) // block_size
+    counts = [0] * blocks
+    for queries in heads:
+        for read in queries:
+            for block in read:
+                counts[block] += 1
+    return [count / len(heads) / (length - (block + 1) * block_size) for block, count in enumerate(counts)]
+
+
+def mass_by_head(layers: Sequence[Mapping[str, Any]], name: str) -> Plot:
     """Share of full attention that blocks keep, down the layers, across the heads.
 
     Args:
@@ -144,34 +137,34 @@ def mass_by_head(layers: Sequence[Mapping[str, Any]], name: str) -> str:
         axes.set_xlabel("query head")
         axes.set_ylabel("layer")
 
-    return _single(draw, name, min(7.0, 1.2 + 0.45 * len(values)))
+    return single(draw, name, min(7.0, 1.2 + 0.45 * len(values)))
 
 
-def loss_by_layer(suggested: Mapping[str, Any], name: str) -> str:
+def loss_by_layer(suggested: Mapping[str, Any], name: str) -> Plot:
     """Loss change with one layer switched to blocks, with standard errors; layers to leave full in another colour."""
 
     def draw(axes: Axes) -> None:
         for number, said in enumerate(suggested["layers"]):
             full = number in suggested["full"]
             axes.bar(
-                number, said["mean"], color=SERIES[1 if full else 0], hatch="//" if full else None, edgecolor=PAPER
+                number, said["mean"], color=series(1 if full else 0), hatch="//" if full else None, edgecolor=paper()
             )
-            axes.errorbar(number, said["mean"], yerr=said["error"] or 0.0, color=INK, capsize=3, linewidth=1)
-        axes.axhline(0, color=FAINT, linewidth=0.8)
+            axes.errorbar(number, said["mean"], yerr=said["error"] or 0.0, color=ink(), capsize=3, linewidth=1)
+        axes.axhline(0, color=faint(), linewidth=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer that is switched, alone")
         axes.set_ylabel("loss change (nats per token)")
         axes.grid(axis="y", linewidth=0.6)
         axes.set_axisbelow(True)
 
-    return _single(draw, name, 3.4)
+    return single(draw, name, 3.4)
 
 
-def recall(settings: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> str:
+def recall(settings: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> Plot:
     """Share found, a picture for each task and setting: across the lengths, down the depths."""
     tasks = list(dict.fromkeys(cell["task"] for cells in settings.values() for cell in cells))
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.6 + 2.2 * len(tasks)), layout="constrained")
+
+    def draw(figure: Figure) -> None:
         grid = figure.subplots(len(tasks), len(settings), squeeze=False)
         for (row, task), (column, setting) in product(enumerate(tasks), enumerate(settings)):
             axes, cells = grid[row, column], [cell for cell in settings[setting] if cell["task"] == task]
@@ -185,20 +178,21 @@ def recall(settings: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> st
                 axes.set_ylabel("depth")
             if row == len(tasks) - 1:
                 axes.set_xlabel("prompt (tokens)")
-        return _svg(figure, name)
+
+    return Plot(name, 0.6 + 2.2 * len(tasks), draw)
 
 
-def _heat_map(axes: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> None:
+def _heat_map(axes: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str], top: float = 1.0) -> None:
     """Shares as the opacity of one colour, so that light, dark and every colour vision read the same; numbers too."""
     picture = np.zeros((*values.shape, 4))
-    picture[..., :3], picture[..., 3] = CHOSEN, 0.75 * values.clip(0, 1)  # never so full that letters drown
+    picture[..., :3], picture[..., 3] = CHOSEN, 0.75 * (values / top).clip(0, 1)  # never so full that letters drown
     axes.imshow(picture, interpolation="none", aspect="auto")
     for ticks, labels in ((axes.set_xticks, columns), (axes.set_yticks, rows)):
         step = -(-len(labels) // 8)
         ticks(range(0, len(labels), step), labels[::step])
     if values.shape[1] <= 8 and len(values) <= 16:
         for (row, column), value in np.ndenumerate(values):
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=11, color=INK)
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=11, color=ink())
     axes.tick_params(length=0)
 
 
@@ -228,27 +222,3 @@ def _coloured(picture: np.ndarray, blocks: int, queries: int, block_size: int) -
     for row in range(len(picture)):
         out[row, min(row * step // block_size, blocks - 1)] = (*OWN, 1.0)
     return out
-
-
-def _single(draw: Any, name: str, height: float) -> str:
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        draw(figure.subplots())
-        return _svg(figure, name)
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """A figure as an ``<svg>`` element for a page: ids of its own, no metadata, colours as variables."""
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    text = file.getvalue()
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1))
-    text = re.sub(r" ?font-family: [^;]*;", "", text)  # the page's own
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    text = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", text)  # nothing refers to them, and equal pictures share one
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    return text.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-# What a plot is drawn with, and the variable of the page that replaces it. Hues are Okabe and Ito's, which people of
-# every colour vision tell apart; each differs between light and dark for contrast.
-INK, FAINT, PAPER = "#010203", "#010204", "#010205"
-SERIES = ("#010301", "#010302", "#010303", "#010304", "#010305", "#010306")
-VARIABLES = {INK: "--ink", FAINT: "--faint", PAPER: "--paper"} | {c: f"--series-{i}" for i, c in enumerate(SERIES)}
+# Hues are Okabe and Ito's, which people of every colour vision tell apart; each differs between light and dark for
+# contrast. The page has them as variables of CSS.
+THEMES = {
+    "light": {
+        "--ink": "#1c2026",
+        "--faint": "#c9ced6",
+        "--paper": "#ffffff",
+        "--series-0": "#0072b2",
+        "--series-1": "#c04f00",
+        "--series-2": "#00795a",
+        "--series-3": "#a3457c",
+        "--series-4": "#7a6a00",
+        "--series-5": "#444b55",
+    },
+    "dark": {
+        "--ink": "#e6e9ee",
+        "--faint": "#3a424d",
+        "--paper": "#191d23",
+        "--series-0": "#56b4e9",
+        "--series-1": "#ff9a4d",
+        "--series-2": "#2fc79b",
+        "--series-3": "#e39ac6",
+        "--series-4": "#f0e442",
+        "--series-5": "#b9c1cc",
+    },
+}
+# What an SVG is drawn with before the variable takes its place: colours that nothing else has.
+STAND_INS = {name: f"#0102{number:02x}" for number, name in enumerate(THEMES["light"], 3)}
+VARIABLES = {colour: name for name, colour in STAND_INS.items()}
 # Pictures are pixels: these two are read on white and on black.
 CHOSEN, OWN = (0.16, 0.53, 0.84), (0.90, 0.50, 0.00)
 
-CSS = """
-:root { color-scheme: light dark; --ink: #1c2026; --faint: #c9ced6; --soft: #5b6470; --paper: #ffffff; --back: #f4f5f7;
-  --series-0: #0072b2; --series-1: #c04f00; --series-2: #00795a; --series-3: #a3457c; --series-4: #7a6a00;
-  --series-5: #444b55; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --faint: #3a424d; --soft: #a0a9b5; --paper: #191d23;
-  --back: #0f1216; --series-0: #56b4e9; --series-1: #ff9a4d; --series-2: #2fc79b; --series-3: #e39ac6;
-  --series-4: #f0e442; --series-5: #b9c1cc; } }
+
+def _variables(theme: str) -> str:
+    return " ".join(f"{name}: {colour};" for name, colour in THEMES[theme].items())
+
+
+CSS = (
+    f"""
+:root {{ color-scheme: light dark; --soft: #5b6470; --back: #f4f5f7; {_variables("light")} }}
+@media (prefers-color-scheme: dark) {{ :root {{ --soft: #a0a9b5; --back: #0f1216; {_variables("dark")} }} }}
+"""
+    """\
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -48,3 +76,4 @@ mark { background: none; color: var(--series-1); font-weight: 600; }
 details { margin-top: 0.5rem; }
 summary { cursor: pointer; color: var(--soft); font-size: 0.9rem; }
 """
+)

@@ -10,8 +10,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from mobazoo.cli import app
@@ -21,6 +19,7 @@ from mobazoo.config.recipe import load_recipe
 from mobazoo.config.run import RunRecipe
 from mobazoo.config.shipped import RECIPES, shipped
 from mobazoo.errors import InputError
+from tests.small import plain_checkpoint
 
 RULES = "attention=[{pattern: moba, block_size: 8, top_k: 3}]"
 
@@ -31,22 +30,7 @@ def call(*args: object, text: str | None = None) -> Result:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a tokenizer of bytes, as transformers saves it."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
-    letters = {chr(i): i for i in range(256)}
-    spec = {
-        "version": "1.0",
-        "model": {"type": "BPE", "vocab": letters, "merges": [], "fuse_unk": False, "byte_fallback": False},
-        "decoder": {"type": "Fuse"},
-    }
-    (folder / "spec.json").write_text(json.dumps(spec))
-    PreTrainedTokenizerFast(tokenizer_file=str(folder / "spec.json")).save_pretrained(folder)
-    (folder / "spec.json").unlink()
-    return folder
+    return plain_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.mark.parametrize("name", [name for name in shipped(RECIPES) if name.startswith("convert/")])

@@ -16,12 +16,11 @@ import mobazoo
 from mobazoo.attention import MoBA, Routes, attend
 from mobazoo.config.data import Data
 from mobazoo.config.eval import ChoicesTask, EvalRecipe, LossTask
-from mobazoo.errors import InputError
 from mobazoo.eval.choices import block_choices
 from mobazoo.eval.evaluate import evaluate
 from mobazoo.eval.settings import setting
 from mobazoo.eval.texts import read_texts
-from tests.small import FULL
+from tests.small import FULL, refusal
 
 LENGTH = 64
 
@@ -146,7 +145,10 @@ def test_the_result_is_written_with_the_choices(zoo: Path, texts: Path, tmp_path
         ({"documents": 0}, "eval.documents: want a number >= 1, got 0"),
         ({"loss": LossTask(buckets=64)}, "eval.loss.buckets: want 1 to 63, the predicted tokens of a text, got 64"),
         ({"loss": LossTask(4, 64)}, "eval.loss.trailing: want 1 to 63, the predicted tokens of a text, got 64"),
-        ({"loss": None}, "eval: loss, choices and recall are all null, so there is nothing to do; give one of them"),
+        (
+            {"loss": None},
+            "eval: loss, choices, recall and lm_eval are all null, so there is nothing to do; give one of them",
+        ),
         ({"settings": {"a": [{"topk": 3}]}}, "eval.settings.a[0]: unknown key 'topk'; did you mean 'top_k'?"),
         ({"choices": ChoicesTask("b")}, "eval.choices.setting: want one of as it is, got 'b'"),
         ({"choices": ChoicesTask("as it is", text=4)}, "eval.choices.text: want 0 to 3, got 4"),
@@ -160,12 +162,17 @@ def test_the_result_is_written_with_the_choices(zoo: Path, texts: Path, tmp_path
     ],
 )
 def test_errors(changes: dict[str, Any], message: str, zoo: Path, texts: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        evaluate(recipe(zoo, texts, **changes), quiet)
-    assert str(caught.value).startswith(message)
+    assert refusal(evaluate, recipe(zoo, texts, **changes)).startswith(message)
+
+
+def test_a_device_that_is_not_here_is_refused(zoo: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refusal(evaluate, recipe(zoo, texts, device="cuda"))
+    assert said == "device: want auto or cpu, there is no GPU here, got 'cuda'"
+    assert refusal(evaluate, recipe(zoo, texts, device="toaster")) == "device: want auto, cpu or cuda, got 'toaster'"
 
 
 def test_a_text_beyond_the_positions_is_refused(zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("a" * 200)
-    with pytest.raises(InputError, match=r"eval\.length: want at most 128, the positions of .*, got 150"):
-        evaluate(recipe(zoo, tmp_path, length=150), quiet)
+    said = refusal(evaluate, recipe(zoo, tmp_path, length=150))
+    assert said == f"eval.length: want at most 128, the positions of {zoo}, got 150"

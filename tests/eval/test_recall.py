@@ -18,12 +18,11 @@ import mobazoo
 from mobazoo.cli import app
 from mobazoo.config.data import Data
 from mobazoo.config.eval import EvalRecipe, RecallTask
-from mobazoo.errors import InputError
 from mobazoo.eval import recall
 from mobazoo.eval.evaluate import evaluate
 from mobazoo.eval.haystack import Haystack, pose
 from mobazoo.eval.parts import Parts
-from tests.small import FULL, plain_checkpoint, zoo_checkpoint
+from tests.small import FULL, plain_checkpoint, refusal, zoo_checkpoint
 
 TASK = RecallTask(["needle", "passkey"], [200, 240], [0.0, 1.0], samples=2)
 
@@ -154,6 +153,4 @@ def test_dry_run() -> None:
     ],
 )
 def test_errors(changes: dict[str, Any], message: str, long: Path, hay: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        evaluate(recipe(long, hay, recall=replace(TASK, **changes)), quiet)
-    assert str(caught.value).startswith(message)
+    assert refusal(evaluate, recipe(long, hay, recall=replace(TASK, **changes))).startswith(message)

@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 from mobazoo.cli import app
 from mobazoo.config.data import Data
 from mobazoo.config.probe import ProbeRecipe, Suggest
-from mobazoo.errors import InputError
 from mobazoo.probe.run import probe
+from tests.small import refusal
 
 SMALL = Suggest(8, 2, full=1)
 
@@ -98,12 +98,10 @@ def test_data_is_the_users() -> None:
     ],
 )
 def test_errors(changes: dict[str, Any], message: str, plain: Path, texts: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        probe(recipe(plain, texts, **changes), quiet)
-    assert str(caught.value).startswith(message)
+    assert refusal(probe, recipe(plain, texts, **changes)).startswith(message)
 
 
 def test_a_text_beyond_the_positions_is_refused(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("a" * 200)
-    with pytest.raises(InputError, match=r"probe\.length: want at most 128, the positions of .*, got 150"):
-        probe(recipe(plain, tmp_path, length=150, suggest=None), quiet)
+    said = refusal(probe, recipe(plain, tmp_path, length=150, suggest=None))
+    assert said == f"probe.length: want at most 128, the positions of {plain}, got 150"

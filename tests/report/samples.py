@@ -50,6 +50,35 @@ def prefill() -> list[dict[str, Any]]:
     return rows
 
 
+def sweep() -> list[dict[str, Any]]:
+    rows = []
+    for mode, lengths in (("prefill", (4096, 8192, 16384)), ("decode", (8192, 65536))):
+        for length in lengths:
+            row = {
+                "mode": mode,
+                "dtype": "bfloat16",
+                "length": length,
+                "block_size": length // 64,
+                "top_k": 3,
+                "count": 64,
+            }
+            runs: list[dict[str, Any]] = [{"name": "naive", "skipped": "needs about 80 GiB, there are 20 GiB"}]
+            for name, one in (("sdpa", 0.1 * length / 4096), ("MoBA, auto", 0.05)):
+                took = [one, 2 * one, 3 * one]
+                runs.append(
+                    {
+                        "name": name,
+                        "seconds": took,
+                        "median_s": 2 * one,
+                        "peak_bytes": None,
+                        "against": "sdpa",
+                        "speedup": 2.0,
+                    }
+                )
+            rows.append({**row, "share_read": 0.1, "tile_density": 0.9 if mode == "prefill" else None, "runs": runs})
+    return rows
+
+
 def probe() -> dict[str, Any]:
     heads = [0.4, 0.6, 0.8, 0.95]
 
@@ -96,6 +125,10 @@ def write_run(folder: Path) -> Path:
     write_result(folder / "prefill.json", "bench", recipe, {"prefill": prefill()})
     write_result(folder / "probe.json", "probe", recipe, {"probe": probe()})
     write_result(folder / "recall.json", "eval", recipe, {"recall": recall()})
+    scored = {"samples": 3, "metrics": {"acc": {"value": 0.75, "error": 0.25}}}
+    tasks = {"version": "0.4.13", "settings": {"full": {"endings<b>": scored}, "moba": {"endings<b>": scored}}}
+    write_result(folder / "tasks.json", "eval", recipe, {"lm_eval": tasks})
+    write_result(folder / "sweep.json", "bench", recipe, {"sweep": sweep()})
     text = {"prompt": "def f(\n", "text": HOSTILE, "prompt_tokens": 3, "new_tokens": 40, "seconds": 1.25}
     write_result(folder / "text.json", "generate", recipe, {"generate": text})
     (folder / ".stages").mkdir()

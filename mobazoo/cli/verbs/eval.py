@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 from mobazoo.cli.output import progress, table
 from mobazoo.cli.work import DryRun, Outcome, Overrides, RecipeArgument, work, would_load
 from mobazoo.config.eval import EvalRecipe
 from mobazoo.config.recipe import load_recipe
+from mobazoo.eval.tables import found_shares, harness_rows, loss_rows, recall_rows
 from mobazoo.files import check_result_place
 
 PLACE = ("3 Measure", 1)
 EXAMPLES = """Example: mobazoo eval loss model=./Qwen3-0.6B-moba data.path=./texts
 
+Example: mobazoo eval lm-eval model=./Qwen3-0.6B-moba data.path=./texts lm_eval.tasks='[arc_easy]'
+
 Example: mobazoo eval loss model=./Qwen3-0.6B-moba data.path=stdlib length=8192 'settings.wide=[{top_k: 8}]'"""
 
 
 def main(recipe: RecipeArgument, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Measure a checkpoint on texts under several attention settings: loss by position, which blocks are read."""
+    """Measure a checkpoint on texts under several attention settings: loss by position, recall, lm-eval's tasks."""
     work(sys.modules[__name__], recipe, overrides, dry_run)
 
 
@@ -29,7 +31,7 @@ def resolve(recipe: str, overrides: Sequence[str]) -> EvalRecipe:
     resolved = load_recipe(recipe, overrides, EvalRecipe, folder="eval")
     resolved.check()
     check_result_place(resolved.dest)
-    resolved.data.require()
+    resolved.require()
     return resolved
 
 
@@ -43,6 +45,10 @@ def plan(recipe: EvalRecipe) -> list[str]:
         asked = recipe.recall
         prompts = len(asked.lengths) * len(asked.depths) * asked.samples
         lines.append(f"would hide {', '.join(asked.tasks)} in texts from {recipe.data.path}, {prompts} prompts a task")
+    if recipe.lm_eval is not None:
+        asked_for, written = recipe.lm_eval, recipe.lm_eval.synthetic
+        names = [*asked_for.tasks, *(written.tasks if written is not None else ())]
+        lines.append(f"would do {', '.join(names)} with lm-eval")
     settings = list(recipe.named_settings().values())
     lines.append(would_load(recipe.model, settings, recipe.device, recipe.dtype))
     lines.append(f"would compare the settings {', '.join(recipe.named_settings())}")
@@ -68,42 +74,9 @@ def execute(recipe: EvalRecipe) -> Outcome:
         table(
             f"Found in long texts, means over depths, {samples} prompts each; loss of the answer in nats", header, rows
         )
-        said.append("found " + ", ".join(f"{name} {share}" for name, share in _found(found["recall"]).items()))
+        said.append("found " + ", ".join(f"{name} {share}" for name, share in found_shares(found["recall"]).items()))
+    if "lm_eval" in found:
+        header, rows = harness_rows(found["lm_eval"])
+        table(f"Tasks of lm-eval {found['lm_eval']['version']}", header, rows)
+        said.append(f"{len({row[0] for row in rows})} tasks of lm-eval")
     return Outcome(", ".join(said), [recipe.dest] if recipe.dest else [])
-
-
-def loss_rows(loss: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the table, a row for each setting."""
-    trailing = f"last {loss['trailing_tokens']}"
-    header = ("setting", "mean loss", "±", trailing, "±", "difference", "±", f"{trailing}: difference", "±", "keys")
-    rows = []
-    for name, said in loss["settings"].items():
-        cells: list[str] = []
-        for what, digits in (("mean", 3), ("trailing", 3), ("difference", 4), ("trailing_difference", 4)):
-            error = said[what]["error"]
-            cells += [f"{said[what]['mean']:.{digits}f}", "" if error is None else f"{error:.{digits}f}"]
-        rows.append((name, *cells, f"{100 * said['share_read']:.3g} %"))
-    return header, rows
-
-
-def recall_rows(recall: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the table, a row for each task and length."""
-    settings = recall["settings"]
-    header = ("task", "tokens", *(f"{name}: {what}" for name in settings for what in ("found", "loss")))
-    places = dict.fromkeys((cell["task"], cell["length"]) for cell in next(iter(settings.values())))
-    rows = []
-    for task, length in places:
-        cells = [task, str(length)]
-        for said in settings.values():
-            some = [cell for cell in said if (cell["task"], cell["length"]) == (task, length)]
-            cells += [f"{100 * _mean(some, 'score'):.0f} %", f"{_mean(some, 'loss'):.3f}"]
-        rows.append(tuple(cells))
-    return header, rows
-
-
-def _found(recall: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{100 * _mean(cells, 'score'):.0f} %" for name, cells in recall["settings"].items()}
-
-
-def _mean(cells: Sequence[Mapping[str, Any]], what: str) -> float:
-    return float(sum(cell[what]["mean"] for cell in cells) / len(cells))

@@ -25,7 +25,7 @@ def main(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Write one HTML page about a run: tables and plots, nothing outside it needed."""
+    """Write one HTML page about a run: tables and plots, nothing outside it needed; and the plots as PNG."""
     recipe = resolve(run, overrides or [])
     if dry_run:
         show_plan(recipe, plan(recipe))
@@ -44,11 +44,15 @@ def resolve(recipe: str, overrides: Sequence[str]) -> ReportRecipe:
 
 def plan(recipe: ReportRecipe) -> list[str]:
     """What would happen."""
-    return [f"would read {recipe.run}", f"would write {recipe.dest or Path(recipe.run) / 'report.html'}"]
+    page = Path(recipe.dest or Path(recipe.run) / "report.html")
+    lines = [f"would read {recipe.run}", f"would write {page}"]
+    return [*lines, f"would write pictures into {page.parent / page.stem}-pictures"] if recipe.pictures else lines
 
 
 def execute(recipe: ReportRecipe) -> Outcome:
     """Writes the page and prints its short table."""
-    path, (header, rows) = import_module("mobazoo.report.page").write_report(recipe)
+    (path, *pictures), (header, rows) = import_module("mobazoo.report.page").write_report(recipe)
     table("In short", header, rows)
-    return Outcome(f"wrote {path}: open it in a browser", [str(path)])
+    for folder in pictures:
+        say(f"wrote the plots as PNG into {folder}")
+    return Outcome(f"wrote {path}: open it in a browser", [str(path), *map(str, pictures)])

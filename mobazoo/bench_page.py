@@ -1,0 +1,44 @@
+"""The pages of docs/benchmarks: written whole by a command, never by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def bench_page(
+    title: str,
+    suite: str,
+    about: Mapping[str, str],
+    words: Sequence[str],
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    after: Sequence[str],
+) -> str:
+    """A page as Markdown.
+
+    Args:
+        title: its heading.
+        suite: of ``python -m mobazoo.bench --suite``.
+        about: the machine.
+        words: lines on how it was measured.
+        header: of the table.
+        rows: of the table.
+        after: lines below it.
+    """
+    lines = [
+        f"# {title}",
+        "",
+        f"Written by `python -m mobazoo.bench --suite {suite} --markdown ...`; {described(about)}.",
+        "",
+        *words,
+        "",
+        *("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)),
+        "",
+        *after,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def described(about: Mapping[str, str]) -> str:
+    """A machine in a line."""
+    return ", ".join(f"{name} {value}" for name, value in about.items())
