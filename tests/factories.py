@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobazoo.attention import Full, MoBA, Pattern, Routes, Segments, attend, centroids, route
+from mobazoo.attention import Full, MoBA, Pattern, Routes, Segments, attend
+from mobazoo.attention.blocks import centroids_by
 from mobazoo.attention.problem import Problem
+from mobazoo.attention.routing import route_by
 from tests.oracle import Attention, Chosen, candidates, layout, read_mask
 from tests.tolerance import Result
 
@@ -135,7 +137,7 @@ def gate_routes(case: Case, q: Tensor, k: Tensor, segments: Segments | None = No
     """The library's own choice."""
     assert isinstance(case.pattern, MoBA)
     segments = segments_of(case.rows, str(k.device)) if segments is None else segments
-    return route(q, centroids(k, case.block_size, segments, by), case.pattern, segments, case.q_start, by)
+    return route_by(by, q, centroids_by(by, k, case.block_size, segments), case.pattern, segments, case.q_start)
 
 
 def chosen_by(routes: Routes) -> Chosen:

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from mobazoo.attention import MoBA, Routes, Segments, attend, centroids, route
+from mobazoo.attention import MoBA, Routes, Segments, attend
+from mobazoo.attention.blocks import centroids_by
+from mobazoo.attention.routing import route_by
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -106,7 +108,7 @@ def _aten(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def gate(q: Tensor, k: Tensor, pattern: MoBA, by: str = "torch") -> Routes:
     """Centroids and choice, as ``attend`` makes them."""
     segments = Segments.single(q.shape[0], q.shape[2], q.device)
-    return route(q.detach(), centroids(k.detach(), pattern.block_size, segments, by), pattern, segments, by=by)
+    return route_by(by, q.detach(), centroids_by(by, k.detach(), pattern.block_size, segments), pattern, segments)
 
 
 def verify_gate(shape: Shape, tensors: list[Tensor], by: str, rows: int = 32) -> dict[str, float]:
@@ -118,8 +120,8 @@ def verify_gate(shape: Shape, tensors: list[Tensor], by: str, rows: int = 32) ->
     q, k = (x.detach() for x in tensors[:2])
     size, group = shape.block_size, shape.query_heads // shape.key_heads
     segments = Segments.single(shape.batch, shape.length, q.device)
-    known = centroids(k, size, segments, by)
-    index = route(q, known, shape.pattern, segments, by=by).index
+    known = centroids_by(by, k, size, segments)
+    index = route_by(by, q, known, shape.pattern, segments).index
     worst = {"means": 0.0, "choice": 0.0}
     dice = torch.Generator().manual_seed(2)
     for _ in range(rows):

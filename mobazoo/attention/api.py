@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mobazoo.attention.auto import choose
 from mobazoo.attention.backends import BACKENDS
-from mobazoo.attention.blocks import centroids
+from mobazoo.attention.blocks import centroids_by
 from mobazoo.attention.gates import gate_of
 from mobazoo.attention.pattern import Full, MoBA, Pattern
 from mobazoo.attention.problem import Problem
-from mobazoo.attention.routing import Routes, route
+from mobazoo.attention.routing import Routes, route_by
 from mobazoo.attention.segments import Segments
 from mobazoo.errors import InputError, UnsupportedError
 
@@ -94,8 +94,8 @@ def attend(
         return q.clone()  # nothing to compute, but a backward may follow
     if isinstance(pattern, MoBA) and routes is None:
         by = gate_of(name, problem)
-        known = centroids(k.detach(), pattern.block_size, segments, by)
-        routes = route(q.detach(), known, pattern, segments, first, by)
+        known = centroids_by(by, k.detach(), pattern.block_size, segments)
+        routes = route_by(by, q.detach(), known, pattern, segments, first)
     return BACKENDS[name].run(
         q,
         k,

@@ -33,7 +33,7 @@ class Centroids:
     doc: Tensor
 
 
-def centroids(k: Tensor, block_size: int, segments: Segments, by: str = TORCH) -> Centroids:
+def centroids(k: Tensor, block_size: int, segments: Segments) -> Centroids:
     """Mean key of every complete block (arXiv 2502.13189, equation 6); no gradient flows through it.
 
     Means are accumulated in float32 and rounded once to the keys' dtype. A block that its document does not fill
@@ -43,11 +43,19 @@ def centroids(k: Tensor, block_size: int, segments: Segments, by: str = TORCH) -
         k: ``[B, Hkv, S, D]``, after RoPE.
         block_size: tokens in a block, >= 1.
         segments: the documents of the ``S`` slots.
-        by: ``torch``, or ``triton`` for our kernel; the order of sums may differ, their precision does not.
 
     Raises:
-        InputError: if ``k`` and ``segments`` differ in rows or slots, or for an unknown ``by``.
-        UnsupportedError: ``by="triton"`` where the kernel does not run.
+        InputError: if ``k`` and ``segments`` differ in rows or slots.
+    """
+    return centroids_by(TORCH, k, block_size, segments)
+
+
+def centroids_by(by: str, k: Tensor, block_size: int, segments: Segments) -> Centroids:
+    """``centroids`` by ``torch``, or by ``triton`` with our kernel; the order of sums may differ, not their precision.
+
+    Raises:
+        InputError: as ``centroids``, or an unknown ``by``.
+        UnsupportedError: ``triton`` where the kernel does not run.
     """
     if k.dim() != 4 or (k.shape[0], k.shape[2]) != (segments.batch, segments.length):
         raise InputError(

@@ -61,12 +61,7 @@ def query_slots(segments: Segments, length: int, q_start: int | Tensor | None) -
 
 
 def route(
-    q: Tensor,
-    centroids: Centroids,
-    pattern: MoBA,
-    segments: Segments,
-    q_start: int | Tensor | None = None,
-    by: str = TORCH,
+    q: Tensor, centroids: Centroids, pattern: MoBA, segments: Segments, q_start: int | Tensor | None = None
 ) -> Routes:
     """Chooses the ``top_k - 1`` best complete blocks before each query's own (arXiv 2502.13189, equations 5 to 7).
 
@@ -80,11 +75,26 @@ def route(
         pattern: block size and top_k.
         segments: the documents of the ``S`` slots.
         q_start: slot of the first query, an int or a 0-dim device tensor (None: queries are the last ``T`` slots).
-        by: ``torch``, or ``triton`` for our kernel; both choose the same but for near-ties.
 
     Raises:
-        InputError: shapes that do not fit together, or an unknown ``by``.
-        UnsupportedError: ``by="triton"`` where the kernel does not run, or more than 128 routed blocks a query.
+        InputError: shapes that do not fit together.
+    """
+    return route_by(TORCH, q, centroids, pattern, segments, q_start)
+
+
+def route_by(
+    by: str,
+    q: Tensor,
+    centroids: Centroids,
+    pattern: MoBA,
+    segments: Segments,
+    q_start: int | Tensor | None = None,
+) -> Routes:
+    """``route`` by ``torch``, or by ``triton`` with our kernel; both choose the same but for near-ties.
+
+    Raises:
+        InputError: as ``route``, or an unknown ``by``.
+        UnsupportedError: ``triton`` where the kernel does not run, or more than 128 routed blocks a query.
     """
     if q.dim() != 4 or centroids.mean.dim() != 4 or q.shape[1] % centroids.mean.shape[1]:
         raise InputError(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mobazoo.attention import Centroids, blocks, centroids
+from mobazoo.attention.blocks import centroids_by
 from tests.factories import Case, inputs, segments_of
 from tests.marks import DTYPES
 from tests.oracle import centroid, layout
@@ -39,7 +40,7 @@ def complete_blocks(rows: tuple[tuple[int, ...], ...], block_size: int) -> list[
 
 
 def of(case: Case, k: torch.Tensor, by: str = "torch") -> Centroids:
-    return centroids(k, case.block_size, segments_of(case.rows, str(k.device)), by)
+    return centroids_by(by, k, case.block_size, segments_of(case.rows, str(k.device)))
 
 
 @pytest.mark.parametrize("name", CASES)

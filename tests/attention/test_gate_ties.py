@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobazoo.attention import MoBA, Segments, centroids, route, routing
+from mobazoo.attention import MoBA, Segments, centroids, routing
+from mobazoo.attention.routing import route_by
 from tests.factories import Case, gate_routes, inputs, segments_of, spy
 
 BLOCK = 4
@@ -22,7 +23,7 @@ def routed(
     keys = torch.tensor([*scores, 0.0], device=device).repeat_interleave(BLOCK).view(1, 1, -1, 1) * sign
     segments = Segments.single(1, keys.shape[2], device)
     q = torch.full((1, copies, 1, 1), sign, device=device)
-    index = route(q, centroids(keys, BLOCK, segments), MoBA(BLOCK, top_k), segments, by=by).index
+    index = route_by(by, q, centroids(keys, BLOCK, segments), MoBA(BLOCK, top_k), segments).index
     assert (index == index[:, :1]).all()
     return index[0, 0, 0].tolist()
 

@@ -10,10 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from mobazoo.attention import MoBA, Segments, attend, centroids, gates, route, routing
+from mobazoo.attention import MoBA, Segments, attend, centroids, gates, routing
 from mobazoo.attention.backends import BACKENDS
+from mobazoo.attention.blocks import centroids_by
 from mobazoo.attention.kernels import triton_runs
 from mobazoo.attention.kernels.triton_gate import ordered
+from mobazoo.attention.routing import route_by
 from mobazoo.errors import InputError, UnsupportedError
 from tests.attention.test_centroids import CASES as MEANS
 from tests.attention.test_centroids import check_means, of
@@ -126,7 +128,7 @@ def test_many_blocks_are_numbered_in_int32(device: str) -> None:
     known = centroids(k, 1, segments)
     known.mean[0, 0, -3, 0] = 1.0
     q = torch.tensor([1.0, 0.0], device=device).view(1, 1, 1, 2)
-    index = route(q, known, MoBA(1, 2), segments, by="triton").index
+    index = route_by("triton", q, known, MoBA(1, 2), segments).index
     assert index.dtype == torch.int32
     assert index.flatten().tolist() == [slots - 3]
 
@@ -179,7 +181,7 @@ def test_only_the_triton_backend_takes_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert gates.gate_of("triton", case.full.problem()) == "torch"
     if not torch.cuda.is_available():
         kinds: list[str] = []
-        monkeypatch.setattr("mobazoo.attention.api.route", lambda *a: kinds.append(a[-1]) or route(*a))
+        monkeypatch.setattr("mobazoo.attention.api.route_by", lambda *a: kinds.append(a[0]) or route_by(*a))
         data = inputs(case)
         for backend in ("triton", "reference"):
             attend(*data.qkv, pattern=case.pattern, backend=backend, segments=segments_of(case.rows))
@@ -192,11 +194,11 @@ def test_scores_never_reach_memory() -> None:
     """They would take 256 MiB in float32; documents, ranges and the choice take a few."""
     q, k = (torch.randn(1, heads, 1 << 14, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 1))
     segments = Segments.single(1, 1 << 14, "cuda")
-    known = centroids(k, 16, segments, "triton")
-    route(q, known, MoBA(16, 8), segments, by="triton")  # compiles
+    known = centroids_by("triton", k, 16, segments)
+    route_by("triton", q, known, MoBA(16, 8), segments)  # compiles
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    route(q, known, MoBA(16, 8), segments, by="triton")
+    route_by("triton", q, known, MoBA(16, 8), segments)
     assert torch.cuda.max_memory_allocated() - before < 8 << 20
 
 
@@ -205,14 +207,14 @@ def test_says_why_not() -> None:
     segments = segments_of(PACKED.rows)
     known = centroids(data.k, 8, segments)
     with pytest.raises(UnsupportedError) as refused:
-        route(data.q, known, PACKED.pattern, segments, by="triton")
+        route_by("triton", data.q, known, PACKED.pattern, segments)
     assert str(refused.value) == (
         "route: by='triton' cannot do this: the Triton kernels compute in float32, float16 and bfloat16, "
         "not in torch.float64; by='torch' can"
     )
     with pytest.raises(UnsupportedError, match="centroids: by='triton' cannot do this: the Triton kernels compute in"):
-        centroids(data.k, 8, segments, "triton")
+        centroids_by("triton", data.k, 8, segments)
     with pytest.raises(UnsupportedError, match="the Triton gate chooses up to 128 blocks beside the own one, got 129"):
-        route(data.q.float(), known, MoBA(8, 130), segments, by="triton")
+        route_by("triton", data.q.float(), known, MoBA(8, 130), segments)
     with pytest.raises(InputError, match="centroids: by must be 'torch' or 'triton', got 'cuda'"):
-        centroids(data.k, 8, segments, "cuda")
+        centroids_by("cuda", data.k, 8, segments)
