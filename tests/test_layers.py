@@ -45,11 +45,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 ATTENTION: tuple[tuple[str, ...], ...] = (
     ("mobazoo.attention.pattern", "mobazoo.attention"),
-    ("mobazoo.attention.heap", "mobazoo.attention.lanes"),
+    ("mobazoo.attention.heap", "mobazoo.attention.lanes", "mobazoo.attention.triton_runs"),
+    ("mobazoo.attention.problem",),
+    ("mobazoo.attention.gates",),
     ("mobazoo.attention.segments",),
     ("mobazoo.attention.blocks",),
     ("mobazoo.attention.routing",),
-    ("mobazoo.attention.problem",),
     ("mobazoo.attention.tiles", "mobazoo.attention.gather", "mobazoo.attention.merge"),
     ("mobazoo.attention.blockmask",),
     ("mobazoo.attention.kernels",),

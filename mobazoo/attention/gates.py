@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mobazoo.attention.kernels.triton_runs import refuses_gate
 from mobazoo.attention.pattern import MoBA
 from mobazoo.attention.problem import Problem
+from mobazoo.attention.triton_runs import refuses_gate
 from mobazoo.errors import InputError, UnsupportedError
 
 TORCH, TRITON = "torch", "triton"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobazoo.attention import Full, MoBA, Pattern, Segments, attend
+from mobazoo.attention import Full, MoBA, Pattern, Segments, attend, triton_runs
 from mobazoo.attention.backends import triton
-from mobazoo.attention.kernels import triton_runs, triton_slabs
+from mobazoo.attention.kernels import triton_slabs
 from mobazoo.attention.problem import Problem
 from tests.factories import Case, inputs, oracle, random_routes, routes_on, run, segments_of
 from tests.marks import DEVICES, able

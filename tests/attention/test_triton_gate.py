@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mobazoo.attention import MoBA, Segments, attend, centroids, gates, routing
+from mobazoo.attention import MoBA, Segments, attend, centroids, gates, routing, triton_runs
 from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.blocks import centroids_by
-from mobazoo.attention.kernels import triton_runs
 from mobazoo.attention.kernels.triton_gate import ordered
 from mobazoo.attention.routing import route_by
 from mobazoo.errors import InputError, UnsupportedError

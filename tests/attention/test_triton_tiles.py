@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobazoo.attention.kernels import triton_runs, triton_tiles
+from mobazoo.attention import triton_runs
+from mobazoo.attention.kernels import triton_tiles
 from mobazoo.attention.kernels.triton_tiles import (
     DEFAULT,
     MEASURED,

@@ -41,6 +41,8 @@ def test_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         if word.endswith(".yaml") and name != "copy":  # one of the page itself, or a copy of a shipped one
             shipped = find("quickstart" if name == "run" else "moba-4096x12").text
             (tmp_path / word).write_text(next((recipe for recipe in RECIPES if command in recipe), shipped))
+        elif ".include=" in word:  # a folder of the user's
+            (tmp_path / word.partition("=")[2]).mkdir()
     files = list(tmp_path.iterdir())
     group = typer.main.get_command(app)
     verb = group.commands[name]  # type: ignore[attr-defined]

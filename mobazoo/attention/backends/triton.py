@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.kernels.operators import dense, operator
-from mobazoo.attention.kernels.triton_runs import refuses
 from mobazoo.attention.problem import Problem
 from mobazoo.attention.routing import Routes
 from mobazoo.attention.segments import Segments
+from mobazoo.attention.triton_runs import refuses
 
 
 def unsupported(problem: Problem) -> str | None:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from mobazoo.attention.kernels import triton_backward, triton_forward
 from mobazoo.attention.kernels.triton_lists import Lists
-from mobazoo.attention.kernels.triton_runs import begin
 from mobazoo.attention.kernels.triton_slabs import Layout, Slab, lists, slabs
 from mobazoo.attention.kernels.triton_tiles import Tiles, power_of_two, tiles
+from mobazoo.attention.triton_runs import begin
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:

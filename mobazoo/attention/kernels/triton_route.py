@@ -7,8 +7,8 @@ from torch import Tensor
 
 from mobazoo.attention.kernels import triton_gate
 from mobazoo.attention.kernels.operators import dense
-from mobazoo.attention.kernels.triton_runs import begin
 from mobazoo.attention.kernels.triton_tiles import gate_tiles, power_of_two
+from mobazoo.attention.triton_runs import begin
 
 _MEAN_ROWS = 32  # keys summed side by side
 
