@@ -10,16 +10,16 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from mobazoo import bench, bench_attention, bench_decode
 from mobazoo.attention import MoBA
+from mobazoo.bench import attention, command, decode
 
 
-def small(**changes: object) -> bench_attention.Case:
-    return bench_attention.Case(**{"length": 512, "block_size": 64, "top_k": 2, "head_dim": 16, **changes})  # type: ignore[arg-type]
+def small(**changes: object) -> attention.Case:
+    return attention.Case(**{"length": 512, "block_size": 64, "top_k": 2, "head_dim": 16, **changes})  # type: ignore[arg-type]
 
 
 def test_speedup_is_the_median_of_paired_ratios() -> None:
-    result = bench_attention.Result(small(), "flash", full=[2.0, 9.0, 4.0], moba=[1.0, 3.0, 1.0])
+    result = attention.Result(small(), "flash", full=[2.0, 9.0, 4.0], moba=[1.0, 3.0, 1.0])
     assert result.ratios == [2.0, 3.0, 4.0]
     assert result.speedup == 3.0
     row = result.row()
@@ -29,18 +29,18 @@ def test_speedup_is_the_median_of_paired_ratios() -> None:
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pair_times_both(dtype: str, backward: bool) -> None:
-    result = bench_attention.pair(small(dtype=dtype, backward=backward), rounds=1, repeats=1)
+    result = attention.pair(small(dtype=dtype, backward=backward), rounds=1, repeats=1)
     assert result.backend == "auto: flash"
     assert min(*result.full, *result.moba) > 0
 
 
 def test_auto_is_named_as_attend_would_choose_it() -> None:
-    assert bench_attention.pair(small(top_k=8), rounds=1, repeats=1).backend == "auto: sdpa"
-    assert bench_attention.pair(small(backend="reference"), rounds=1, repeats=1).backend == "reference"
+    assert attention.pair(small(top_k=8), rounds=1, repeats=1).backend == "auto: sdpa"
+    assert attention.pair(small(backend="reference"), rounds=1, repeats=1).backend == "reference"
 
 
 def test_stages_share_out_the_whole() -> None:
-    spent = bench_attention.stages(small(length=4096))
+    spent = attention.stages(small(length=4096))
     assert list(spent) == ["gate", "own blocks", "sort", "gather", "routed kernel", "merge and the rest"]
     assert spent["gate"] > 0
     assert spent["own blocks"] > 0
@@ -50,7 +50,7 @@ def test_stages_share_out_the_whole() -> None:
 def test_command_writes_json_and_markdown(tmp_path: Path) -> None:
     written = [str(tmp_path / "a.json"), str(tmp_path / "a.md")]
     arguments = ["--length", "512", "--block-size", "64", "--top-k", "2", "--rounds", "1"]
-    done = CliRunner().invoke(bench.app, [*arguments, "--json", written[0], "--markdown", written[1]])
+    done = CliRunner().invoke(command.app, [*arguments, "--json", written[0], "--markdown", written[1]])
     assert done.exit_code == 0, done.output
     data = json.loads(Path(written[0]).read_text())
     assert data["machine"]["torch"]
@@ -58,12 +58,12 @@ def test_command_writes_json_and_markdown(tmp_path: Path) -> None:
     assert "| forward, 512 tokens, block 64, top 2, float32 | auto: flash |" in Path(written[1]).read_text()
 
 
-SMALL = bench_decode.Sizes(layers=2, query_heads=4, key_heads=2, head_dim=16, pattern=MoBA(32, 3))
+SMALL = decode.Sizes(layers=2, query_heads=4, key_heads=2, head_dim=16, pattern=MoBA(32, 3))
 
 
 def test_decode_suite_writes_its_page(tmp_path: Path) -> None:
     console = Console(file=StringIO(), width=200)
-    bench_decode.run(console, 1, tmp_path / "a.json", tmp_path / "a.md", False, SMALL, scale=128)
+    decode.run(console, 1, tmp_path / "a.json", tmp_path / "a.md", False, SMALL, scale=128)
     rows = json.loads((tmp_path / "a.json").read_text())["results"]
     assert [row["bound"] for row in rows] == [">= 5", ">= 10", "<= 1.5", "", "<= 1.3"]
     assert min(t for row in rows for t in row["ours"] + row["theirs"]) > 0
@@ -74,40 +74,40 @@ def test_decode_suite_writes_its_page(tmp_path: Path) -> None:
 
 
 def test_decode_steps_do_the_same_work_as_their_rivals() -> None:
-    step = bench_decode.Step(SMALL, 64, 4)
+    step = decode.Step(SMALL, 64, 4)
     inputs = step.inputs()
     routes = step.sparse(inputs)
-    assert bench_decode.blocks_read(routes, 2) == 2 * 2 * 3  # 64 tokens: both blocks before the own, for every head
+    assert decode.blocks_read(routes, 2) == 2 * 2 * 3  # 64 tokens: both blocks before the own, for every head
     assert [layer.get_seq_length() for layer in step.layers] == [65, 65]
     for dense in (step.full, step.folded, step.shared):
         dense(inputs)
     q, k, v = (SMALL.draw(n, 200) for n in (4, 2, 2))
-    whole, chunked = (bench_decode.prefill(SMALL, q, k, v, chunk) for chunk in (200, 64))
+    whole, chunked = (decode.prefill(SMALL, q, k, v, chunk) for chunk in (200, 64))
     torch.testing.assert_close(whole, chunked)
 
 
 def test_a_ratio_is_read_with_its_bound() -> None:
-    fast = bench_decode.Line("a", "b", ours=[1.0, 2.0, 1.0], theirs=[5.0, 6.0, 9.0], bound=">= 5")
-    slow = bench_decode.Line("a", "b", ours=[3.0], theirs=[2.0], bound="<= 1.5")
+    fast = decode.Line("a", "b", ours=[1.0, 2.0, 1.0], theirs=[5.0, 6.0, 9.0], bound=">= 5")
+    slow = decode.Line("a", "b", ours=[3.0], theirs=[2.0], bound="<= 1.5")
     assert (fast.ratios, slow.ratios) == ([5.0, 3.0, 9.0], [1.5])
     assert fast.cells() == ("a", "1.00", "b", "6.00", "5.00", "3.00 to 9.00", ">= 5")
 
 
 def test_decode_suite_dry_run_times_nothing() -> None:
-    done = CliRunner().invoke(bench.app, ["--suite", "decode", "--dry-run"])
+    done = CliRunner().invoke(command.app, ["--suite", "decode", "--dry-run"])
     assert "would time a token against caches of 16K and 128K tokens" in done.output
     assert "would time a prompt of 64K tokens at once and by 4K" in done.output
 
 
 def test_unknown_suite_is_one_line() -> None:
-    done = CliRunner().invoke(bench.app, ["--suite", "gpu"])
+    done = CliRunner().invoke(command.app, ["--suite", "gpu"])
     assert done.exit_code == 2
     assert "unknown suite 'gpu'; known: cpu, decode" in done.output
 
 
 def test_the_suite_holds_the_bounds() -> None:
-    cases = list(bench_attention.suite_cpu())
-    assert (bench_attention.Case(), ">= 8.5") in cases
+    cases = list(attention.suite_cpu())
+    assert (attention.Case(), ">= 8.5") in cases
     assert {case.dtype for case, _ in cases} == {"float32", "bfloat16"}
     assert {case.length for case, _ in cases} >= {768, 1536, 32768, 65536}
 
@@ -115,5 +115,5 @@ def test_the_suite_holds_the_bounds() -> None:
 def test_the_page_names_the_bounds_of_the_suite() -> None:
     page = (Path(__file__).parents[1] / "docs" / "benchmarks" / "cpu.md").read_text().splitlines()
     rows = [line.strip("| ").split(" | ") for line in page if line.startswith("| forward")]
-    wanted = {(case.label(), bound) for case, bound in bench_attention.suite_cpu()}
+    wanted = {(case.label(), bound) for case, bound in attention.suite_cpu()}
     assert {(row[0], row[6] if len(row) > 6 else "") for row in rows} == wanted

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from mobazoo import prefill
 from mobazoo.attention import Full, MoBA
+from mobazoo.bench import prefill
+from mobazoo.bench.prefill import summary, time_prefill
 from mobazoo.config.bench import BenchRecipe
 from mobazoo.errors import InputError
-from mobazoo.prefill import summary, time_prefill
 from tests.small import RULES, plain_checkpoint
 
 

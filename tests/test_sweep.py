@@ -11,11 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from mobazoo import bench_sweep
 from mobazoo.attention import Full, MoBA, attend
-from mobazoo.bench_limits import Limits, available, peak_of
-from mobazoo.bench_points import Point
-from mobazoo.bench_sweep import inputs, time_sweep
+from mobazoo.bench import sweep
+from mobazoo.bench.limits import Limits, available, peak_of
+from mobazoo.bench.points import Point
+from mobazoo.bench.sweep import inputs, time_sweep
 from mobazoo.cli import app
 from mobazoo.config.recipe import load_recipe
 from mobazoo.config.shipped import RECIPES, shipped
@@ -46,7 +46,7 @@ def test_contenders_compute_what_their_names_say(name: str, mode: str) -> None:
     at = point(mode)
     q, k, v, *_ = (x.detach() for x in inputs(at, "cpu"))
     assert q.shape[2] == (1 if mode == "decode" else 512)
-    found = bench_sweep._computes(name, at, q, k)(q, k, v)
+    found = sweep._computes(name, at, q, k)(q, k, v)
     want = attend(q, k, v, pattern=Full() if name == "sdpa" else MoBA(32, 3), backend="reference")
     torch.testing.assert_close(found, want)
 
@@ -57,7 +57,7 @@ def test_training_takes_gradients_of_everything(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.autograd, "grad", lambda *said: (seen.append(len(said[1])), grad(*said))[1])
     for mode in ("prefill", "train"):
         at = point(mode)
-        bench_sweep.contender("MoBA, auto", at, inputs(at, "cpu"))()
+        sweep.contender("MoBA, auto", at, inputs(at, "cpu"))()
     assert seen == [3]
 
 
@@ -112,9 +112,9 @@ def test_the_papers_shapes_run_at_reduced_lengths(name: str, tmp_path: Path) -> 
 
 def test_ratios_belong_to_their_round() -> None:
     timed = {"sdpa": [2.0, 9.0, 4.0], "MoBA, auto": [1.0, 3.0, 1.0]}
-    found = bench_sweep._figures(timed, "MoBA, auto", "sdpa")
+    found = sweep._figures(timed, "MoBA, auto", "sdpa")
     assert (found["median_s"], found["speedup"], found["speedup_min"], found["speedup_max"]) == (1.0, 3.0, 2.0, 4.0)
-    assert "speedup" not in bench_sweep._figures(timed, "sdpa", "sdpa")
+    assert "speedup" not in sweep._figures(timed, "sdpa", "sdpa")
 
 
 def test_what_does_not_fit_is_left_out_and_said() -> None:
@@ -151,7 +151,7 @@ def test_what_would_take_too_long_is_left_out_and_said(monkeypatch: pytest.Monke
     assert limits.unknown(short, "sdpa")
     assert limits.too_slow(long, "sdpa") is None
     # A clock that says 10 ms for any call: at 1024 tokens, so 64 times that for what is dense, and some 24 for blocks.
-    monkeypatch.setattr(bench_sweep, "clocked", lambda call, device: 0.01)
+    monkeypatch.setattr(sweep, "clocked", lambda call, device: 0.01)
     far = replace(SMALL, lengths=[1 << 13], query_heads=1, key_heads=1, longest=0.5, memory=64.0)
     naive, sdpa, moba = time_sweep(replace(far, against=["naive", "sdpa"]), quiet)["sweep"][0]["runs"]
     assert naive["skipped"] == "would take about 0.64 s a call, longest is 0.5 s"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mobazoo.bench.prefill import summary
 from mobazoo.config.bench import BenchRecipe
-from mobazoo.prefill import summary
 from mobazoo.results import write_result
 
 HOSTILE = '</pre><script src="http://evil.example/x.js">alert("&")</script>'

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention.kernels.layout import Layout
-from mobazoo.attention.kernels.operators import dense, operator
+from mobazoo.attention.kernels.operators import operator
+from mobazoo.attention.kernels.slabs import dense
 from mobazoo.attention.problem import Problem
 from mobazoo.attention.routing import Routes
 from mobazoo.attention.segments import Segments

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention.kernels.layout import Layout
+from mobazoo.attention.kernels.slabs import dense
 from mobazoo.attention.routing import Routes
 from mobazoo.attention.segments import Segments
 
@@ -86,11 +87,6 @@ def operator(name: str, forward: Forward, backward: Backward) -> Callable[..., T
         return out
 
     return attend
-
-
-def dense(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Kernels read a head's numbers side by side: tensors copied where the last dimension is strided."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def _from_plain(

@@ -106,3 +106,8 @@ def is_flat(x: Tensor) -> bool:
     by_head = heads == 1 or x.stride(1) == slots * x.stride(2)
     by_row = batch == 1 or x.stride(0) == heads * slots * x.stride(2)
     return by_head and by_row and x.stride(3) == 1
+
+
+def dense(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Kernels read a head's numbers side by side: tensors copied where the last dimension is strided."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)

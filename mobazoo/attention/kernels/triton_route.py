@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention.kernels import triton_gate
-from mobazoo.attention.kernels.operators import dense
+from mobazoo.attention.kernels.slabs import dense
 from mobazoo.attention.kernels.triton_tiles import gate_tiles, power_of_two
 from mobazoo.attention.triton_runs import begin
 

@@ -36,7 +36,7 @@ def main(context: typer.Context) -> None:
         return
     if "--help" in words:
         words = ["--help"]
-    code = import_module("mobazoo.bench").app(words, prog_name="mobazoo bench", standalone_mode=False)
+    code = import_module("mobazoo.bench.command").app(words, prog_name="mobazoo bench", standalone_mode=False)
     if code:
         raise typer.Exit(code)
 
@@ -55,7 +55,7 @@ def plan(recipe: BenchRecipe | SweepRecipe) -> list[str]:
     """What would happen. A folder that is here is checked; the Hub is not asked."""
     lengths, written = ", ".join(map(str, recipe.lengths)), [f"would write {recipe.dest}"] if recipe.dest else []
     if isinstance(recipe, SweepRecipe):
-        import_module("mobazoo.bench_sweep").check_backends(recipe)
+        import_module("mobazoo.bench.sweep").check_backends(recipe)
         names = ", ".join([*recipe.against, *(f"MoBA by {name}" for name in recipe.backends)])
         what = f"would time {', '.join(recipe.modes)} of {lengths} tokens in {', '.join(recipe.dtypes)}"
         return [what, f"would compare {names}, {recipe.rounds} rounds", *written]
@@ -70,7 +70,7 @@ def execute(recipe: BenchRecipe | SweepRecipe) -> Outcome:
 
 def _sweep(recipe: SweepRecipe) -> Outcome:
     with progress() as update:
-        found = import_module("mobazoo.bench_sweep").time_sweep(recipe, update)
+        found = import_module("mobazoo.bench.sweep").time_sweep(recipe, update)
     heads = f"{recipe.query_heads}/{recipe.key_heads} heads of {recipe.head_dim}"
     title = f"Attention, {recipe.batch} x {heads}; medians of {recipe.rounds} rounds, ratios round by round"
     table(title, HEADER, list(sweep_rows(found)))
@@ -82,7 +82,7 @@ def _sweep(recipe: SweepRecipe) -> Outcome:
 
 def _prefill(recipe: BenchRecipe) -> Outcome:
     with progress() as update:
-        found = import_module("mobazoo.prefill").time_prefill(recipe, update)
+        found = import_module("mobazoo.bench.prefill").time_prefill(recipe, update)
     rows = [
         (
             row["length"],

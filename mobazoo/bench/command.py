@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mobazoo import bench_decode
-from mobazoo.bench_attention import Case, Result, measured, stages, suite_cpu
-from mobazoo.bench_page import bench_page, described
+from mobazoo.bench import decode
+from mobazoo.bench.attention import Case, Result, measured, stages, suite_cpu
+from mobazoo.bench.page import bench_page, described
 from mobazoo.errors import InputError, MobazooError
 from mobazoo.files import write_whole
 from mobazoo.results import machine
@@ -48,7 +48,7 @@ def main(
     try:
         torch.set_num_threads(threads)
         if suite == "decode":  # its own rivals and table
-            bench_decode.run(console, rounds, json_path, markdown, dry_run)
+            decode.run(console, rounds, json_path, markdown, dry_run)
             return
         if suite not in ("", "cpu"):
             raise InputError(f"bench: unknown suite {suite!r}; known: cpu, decode")
@@ -117,7 +117,3 @@ def _markdown(results: list[tuple[Result, str]], suite: str) -> str:
     ]
     rows = [_cells(result, bound) for result, bound in results]
     return bench_page("MoBA against full attention on a CPU", suite, machine(), words, HEADER, rows, after)
-
-
-if __name__ == "__main__":
-    app()

@@ -15,8 +15,8 @@ from torch import Tensor
 from mobazoo.attention import Full, MoBA, Segments, attend, centroids, route
 from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.blockmask import tile_density
-from mobazoo.bench_limits import Limits, available, peak_of
-from mobazoo.bench_points import Point
+from mobazoo.bench.limits import Limits, available, peak_of
+from mobazoo.bench.points import Point
 from mobazoo.checkpoint.ready import usable
 from mobazoo.config.keys import nearest
 from mobazoo.config.rules import LayerAttention

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mobazoo.attention import Full, MoBA, Routes, attend, route
-from mobazoo.bench_attention import seconds
-from mobazoo.bench_page import bench_page, described
+from mobazoo.bench.attention import seconds
+from mobazoo.bench.page import bench_page, described
 from mobazoo.files import write_whole
 from mobazoo.nn.cache_layer import MobaCacheLayer
 from mobazoo.nn.rows import Rows

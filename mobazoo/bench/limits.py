@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mobazoo.bench_points import Point
+from mobazoo.bench.points import Point
 
 _STATUS = Path("/proc/self/status")
 

@@ -1,0 +1,5 @@
+"""``python -m mobazoo.bench``."""
+
+from mobazoo.bench.command import app
+
+app()
