@@ -111,7 +111,8 @@ def test_sigkill_at_random_points_loses_no_more_than_the_last_steps(
     made = saving(**fields)
     kills = sum(killed(made, seconds * chance.uniform(0.4, 0.9)) for _ in range(4))
     assert kills > 0
-    train(made)
+    if not (tmp_path / "out").exists():  # the last one may have come to the end before it was killed
+        train(made)
     assert same(tmp_path / "out", tmp_path / "whole")
     assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
 

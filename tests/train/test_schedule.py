@@ -62,6 +62,7 @@ def test_a_compiled_run_switches(recipe: Make, monkeypatch: pytest.MonkeyPatch, 
     stages = [Stage(MOBA, 0.5), Stage(FULL)]
     train(recipe(schedule=stages, dest=str(tmp_path / "plain")))
     monkeypatch.setattr(engine, "TrainingArguments", partial(engine.TrainingArguments, torch_compile_backend="eager"))
+    torch.compiler.reset()  # another test's graphs would be taken
     torch._dynamo.utils.counters.clear()
     train(recipe(schedule=stages, compile=True, dest=str(tmp_path / "whole")))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # one for each stage
