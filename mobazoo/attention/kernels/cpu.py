@@ -67,15 +67,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tu
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float) -> None:
     """A piece: ``q`` and ``out`` ``[hq, t, D]``, ``k`` and ``v`` ``[h, S, D]``, ``lse`` ``[hq, t]``."""
+    first = _first(layout)
+    padding = (layout.doc[0, first : first + q.shape[1]] < 0).nonzero().flatten()
     for j, g, tiles, reads in _work(q, k, layout):
         # In float32 whatever the dtype: kernels are no faster in a narrow one, and partial results are rounded once.
         queries, keys, values = q[g].to(lse.dtype).contiguous(), k[j].to(lse.dtype), v[j].to(lse.dtype)
         in_place = out.dtype == lse.dtype and out[g].is_contiguous()
         merged = out[g] if in_place else torch.empty_like(queries)
         stats = lse[g].contiguous()
-        merged.index_fill_(1, (_documents(q, layout) < 0).nonzero().flatten(), 0.0)
+        merged.index_fill_(1, padding, 0.0)
         for tile in tiles:
-            own_forward(tile, _first(layout), queries, keys, values, merged, stats, scale)
+            own_forward(tile, first, queries, keys, values, merged, stats, scale)
         flat = (queries.flatten(0, 1), merged.flatten(0, 1), stats.flatten())
         for begin, count, k0 in reads.runs(TOKENS_PER_CALL):
             rows, block = reads.rows[begin : begin + count], slice(k0, k0 + layout.block_size)
@@ -175,19 +177,13 @@ def _routed_backward(
 def _pieces(q: Tensor, k: Tensor, layout: Layout, least: int, most: int) -> list[Piece]:
     batch, hq, tokens, _ = q.shape
     heads = k.shape[1]
-    if layout.index is None:  # a few long causal calls, which the kernel itself shares among threads
+    if layout.index is None:  # one long causal call a row, which the kernel itself shares among threads
         return [Piece(row, slice(0, heads), slice(0, tokens), 0) for row in range(batch)]
     return pieces(batch, heads, tokens, least // (hq // heads), most)
 
 
 def _first(layout: Layout) -> int:
     return int(layout.q_start)  # on a CPU a tensor may be read
-
-
-def _documents(q: Tensor, layout: Layout) -> Tensor:
-    """The queries' documents ``[t]``."""
-    first = _first(layout)
-    return layout.doc[0, first : first + q.shape[1]]
 
 
 def _work(q: Tensor, k: Tensor, layout: Layout) -> Iterator[Heads]:

@@ -21,7 +21,6 @@ _PLAIN = (
     "float scale, SymInt max_docs, SymInt max_len, bool whole, str provider"
 )
 
-
 # q, k, v, layout, scale, provider -> output [B, Hq, T, D], at least float32 log-sum-exp [B, Hq, T], both contiguous
 Forward = Callable[[Tensor, Tensor, Tensor, Layout, float, str], tuple[Tensor, Tensor]]
 # dout, q, k, v, output, log-sum-exp, layout, scale, provider -> contiguous gradients of q, k and v
@@ -29,7 +28,17 @@ Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Layout, flo
 
 
 def operator(name: str, forward: Forward, backward: Backward) -> Callable[..., Tensor]:
-    """Registers ``mobazoo::{name}`` and ``mobazoo::{name}_backward``; returns ``attend`` below for them."""
+    """Registers ``mobazoo::{name}`` and ``mobazoo::{name}_backward``.
+
+    Args:
+        name: of the operator.
+        forward: the schedule.
+        backward: its gradients.
+
+    Returns:
+        ``(q, k, v, segments, routes, q_start, scale, provider="") -> out``, differentiable in ``q``, ``k`` and ``v``;
+        shapes as in ``attend``, ``routes`` None is full attention inside documents.
+    """
 
     def forward_on_plain(q: Tensor, k: Tensor, v: Tensor, *plain: Any) -> tuple[Tensor, Tensor]:
         return forward(q, k, v, *_from_plain(*plain))
