@@ -26,7 +26,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    pattern: Pattern = Full(),  # noqa: B008  (frozen, so sharing it is safe)
+    pattern: Pattern = Full(),
     backend: str = "auto",
     segments: Segments | None = None,
     routes: Routes | None = None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +39,7 @@ class Sizes:
     query_heads: int = 8
     key_heads: int = 2
     head_dim: int = 64
-    pattern: MoBA = MoBA(512, 8)  # noqa: RUF009  (frozen, so sharing it is safe)
+    pattern: MoBA = MoBA(512, 8)
 
     def draw(self, heads: int, length: int) -> Tensor:
         """Random ``[1, heads, length, D]``, unrelated as nothing in a model would be."""
@@ -160,7 +161,7 @@ def decode_lines(sizes: Sizes, long: int, short: int, rounds: int, repeats: int)
     for _ in range(rounds):
         inputs = far.inputs()
         for name, dense in (("folded", far.folded), ("shared", far.shared), ("full", far.full)):
-            took[name].append(1e3 * seconds(lambda dense=dense, inputs=inputs: dense(inputs)))  # type: ignore[misc]
+            took[name].append(1e3 * seconds(partial(dense, inputs)))
         took["sparse"].append(median(token(far) for _ in range(repeats)))
         took["near"].append(median(token(near) for _ in range(repeats)))
     what, name = f"a token at {_tokens(long)}, decode: moba", f"dense at {_tokens(long)}"

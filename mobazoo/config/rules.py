@@ -52,7 +52,7 @@ RULE_KEYS = tuple(field.name for field in fields(Rule))
 class LayerAttention:
     """What the rules come to for one layer."""
 
-    pattern: Pattern = Full()  # noqa: RUF009  (frozen, so sharing it is safe)
+    pattern: Pattern = Full()
     backend: str = "auto"
     decode: str = "full"
     kconv: int = 0

@@ -125,7 +125,7 @@ def test_modes_of_the_caller_hold(mode: type, shared: None) -> None:
     assert torch.equal(out, expected)
 
 
-def _child(results: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+def _child(results: multiprocessing.Queue[int]) -> None:
     seen = set()
     spread(lambda _: seen.add((os.getpid(), get_ident())), pieces(2, 4, 64, 1, most=1))
     results.put(len(seen))
