@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from mobazoo.attention import Full, MoBA, attend
-from mobazoo.bench import sweep
+from mobazoo.bench import limits, sweep
 from mobazoo.bench.limits import Limits, available, peak_of
 from mobazoo.bench.points import Point
 from mobazoo.bench.sweep import inputs, time_sweep
@@ -172,6 +172,12 @@ def test_memory_is_that_of_the_call() -> None:
     grown = peak_of(lambda: kept.append(torch.ones(256 << 18)), "cpu")
     assert grown is not None
     assert 250 << 20 <= grown <= 300 << 20
+
+
+def test_no_peak_is_said_where_it_cannot_begin_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak since the process began would be taken for the call's."""
+    monkeypatch.setattr(limits, "_REFERENCES", tmp_path / "none" / "clear_refs")
+    assert peak_of(lambda: None, "cpu") is None
 
 
 def test_dry_run_is_the_recipe_again(tmp_path: Path) -> None:

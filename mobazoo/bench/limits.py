@@ -11,7 +11,7 @@ import torch
 
 from mobazoo.bench.points import Point
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Limits:
@@ -64,12 +64,14 @@ def peak_of(call: Callable[[], Any], device: str) -> int | None:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    anew = False
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux)
+        _REFERENCES.write_text("5")  # the peak begins anew (Linux)
+        anew = True
     begin = _resident("VmRSS")
     call()
     end = _resident("VmHWM")
-    return None if begin is None or end is None else max(0, end - begin)
+    return max(0, end - begin) if anew and begin is not None and end is not None else None
 
 
 def _resident(what: str) -> int | None:
