@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from mobazoo.errors import InputError
 
 RESULT = "mobazoo"  # the key that tells a result from any other JSON file
+STAGE = "stage"  # the key that says which stage of a run wrote a result
+MARK = ".mobazoo-stage"  # the file that says it of a folder
 _STAMP = {"digest", "verb", "command", "recipe", "line", "outputs", "seconds"}
+_STAGE: ContextVar[str | None] = ContextVar("stage", default=None)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -46,10 +50,43 @@ def read_stamp(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a stamp ({error}); remove it to run the stage again") from None
+        raise InputError(
+            f"{path}: not a stamp ({error}); remove it; a stage that is not whole runs again"
+        ) from None
     if not isinstance(said, Mapping) or not said.keys() >= _STAMP:
-        raise InputError(f"{path}: not a stamp of this version; remove it to run the stage again")
+        raise InputError(
+            f"{path}: not a stamp of this version; remove it; a stage that is not whole runs again"
+        )
     return dict(said)
+
+
+@contextmanager
+def signed(stage: str) -> Iterator[None]:
+    """Folders and results that are written inside say which stage of a run they are, before they get their names.
+
+    A run that is killed before its stamp is there then knows its own result again, and no other.
+    """
+    token = _STAGE.set(stage)
+    try:
+        yield
+    finally:
+        _STAGE.reset(token)
+
+
+def signature() -> str | None:
+    """The stage that is writing; None outside of ``mobazoo run``."""
+    return _STAGE.get()
+
+
+def stage_of(path: Path) -> str | None:
+    """The stage that wrote a folder or a JSON result; None where none did or nothing is there."""
+    try:
+        if path.is_dir():
+            return (path / MARK).read_text("utf-8")
+        said = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return said.get(STAGE) if isinstance(said, dict) else None
 
 
 def check_result_place(dest: str | None) -> None:

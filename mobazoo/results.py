@@ -18,7 +18,7 @@ import torch
 from mobazoo._version import __version__
 from mobazoo.config.recipe import plain
 from mobazoo.errors import InputError
-from mobazoo.files import RESULT, check_result_place, write_whole
+from mobazoo.files import RESULT, STAGE, check_result_place, signature, write_whole
 
 
 def write_result(dest: str | Path, kind: str, recipe: Any, found: Mapping[str, Any]) -> Path:
@@ -35,7 +35,8 @@ def write_result(dest: str | Path, kind: str, recipe: Any, found: Mapping[str, A
     """
     path = Path(dest).expanduser()
     check_result_place(str(path))
-    said = {RESULT: kind, "command": command(), "recipe": plain(recipe), "machine": machine(), **found}
+    stage = {} if signature() is None else {STAGE: signature()}
+    said = {RESULT: kind, **stage, "command": command(), "recipe": plain(recipe), "machine": machine(), **found}
     write_whole(path, json.dumps(said, separators=(",", ":")) + "\n")
     return path
 
@@ -67,6 +68,7 @@ def machine() -> dict[str, str]:
     """What figures depend on; nothing that tells whose machine it is."""
     return {
         "cpu": _cpu(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "transformers": _installed("transformers"),
@@ -75,6 +77,11 @@ def machine() -> dict[str, str]:
         "commit": _commit() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def lasting(about: Mapping[str, str]) -> dict[str, str]:
+    """What of ``machine`` is the same tomorrow."""
+    return {name: value for name, value in about.items() if name != "date"}
 
 
 def _cpu() -> str:

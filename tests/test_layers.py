@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("mobazoo.models",),
     ("mobazoo.integrations",),
     ("mobazoo.checkpoint",),
-    ("mobazoo.data", "mobazoo.metrics", "mobazoo.results"),
+    ("mobazoo.data", "mobazoo.metrics", "mobazoo.parts", "mobazoo.results"),
     ("mobazoo.explain",),
     ("mobazoo.cost",),
     (

@@ -54,6 +54,24 @@ def test_full_and_moba_are_timed_in_turn(plain: Path, tmp_path: Path, monkeypatc
     assert told[-1] == ("prefill", 6, 6)
 
 
+def test_an_interrupted_prefill_goes_on(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def timed(_: Any, ids: torch.Tensor, __: Sequence[Any]) -> float:
+        lengths.append(ids.shape[1])
+        if len(lengths) == 5:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(prefill, "_seconds", timed)
+    recipe = BenchRecipe(str(plain), RULES, lengths=[16, 32], rounds=1, dest=str(tmp_path / "time.json"))
+    with pytest.raises(KeyboardInterrupt):
+        time_prefill(recipe, quiet)
+    assert [row["length"] for row in time_prefill(recipe, quiet)["prefill"]] == [16, 32]
+    assert lengths == [16] * 4 + [32] * 5
+    assert [path.name for path in tmp_path.iterdir()] == ["time.json"]
+
+
 def test_seconds_are_of_a_real_prefill(plain: Path) -> None:
     (row,) = time_prefill(BenchRecipe(str(plain), RULES, lengths=[32], rounds=1), quiet)["prefill"]
     assert min(*row["full_s"], *row["moba_s"]) > 0

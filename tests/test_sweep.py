@@ -21,6 +21,7 @@ from mobazoo.config.recipe import load_recipe
 from mobazoo.config.shipped import RECIPES, shipped
 from mobazoo.config.sweep import Blocks, SweepRecipe
 from mobazoo.errors import InputError
+from mobazoo.results import machine
 
 SMALL = SweepRecipe([512], [Blocks(3, 32)], head_dim=16, rounds=2, device="cpu")
 SHIPPED = [
@@ -157,6 +158,42 @@ def test_what_would_take_too_long_is_left_out_and_said(monkeypatch: pytest.Monke
     assert naive["skipped"] == "would take about 0.64 s a call, longest is 0.5 s"
     assert sdpa["skipped"] == "would take about 0.639 s a call, longest is 0.5 s"
     assert moba["median_s"] == 0.01
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(SMALL, lengths=[64, 96, 128], rounds=1, dest=str(tmp_path / "a.json"))
+    row, timed, rates = sweep._row, list[int](), list[bool]()
+
+    def stopped(at: Point, device: str, limits: Limits) -> dict[str, Any]:
+        if len(timed) == 2:
+            timed.append(0)
+            raise KeyboardInterrupt
+        timed.append(at.length)
+        rates.append(limits.unknown(at, "sdpa"))
+        return row(at, device, limits)
+
+    monkeypatch.setattr(sweep, "_row", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        time_sweep(recipe, quiet)
+    assert [path.name for path in tmp_path.iterdir()] == [".a.json.parts"]
+    for changes, said in (({"rounds": 2}, "rounds: 1 there, 2 here"), ({}, "commit: 'x' there, '.*' here")):
+        with monkeypatch.context() as other:
+            about = {**machine(), **({} if changes else {"commit": "y"})}
+            other.setattr(sweep, "machine", lambda about=about: about)
+            with pytest.raises(InputError, match=said.replace("'x'", repr(machine()["commit"]))):
+                time_sweep(replace(recipe, **changes), quiet)
+    found = time_sweep(recipe, quiet)["sweep"]
+    assert timed == [64, 96, 0, 128]
+    assert rates == [True, False, False]  # what was timed before still says how long the next may take
+    assert [at["length"] for at in found] == [64, 96, 128]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text())["sweep"] == found
+
+
+def test_a_sweep_of_which_nothing_fits_keeps_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing of it could be timed"):
+        time_sweep(replace(SMALL, memory=1e-5, dest=str(tmp_path / "a.json")), quiet)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_backend_that_cannot_says_why() -> None:

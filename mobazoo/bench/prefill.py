@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,7 +17,8 @@ from mobazoo.config.bench import BenchRecipe
 from mobazoo.errors import InputError
 from mobazoo.explain import share_read
 from mobazoo.nn.causal_lm import MobaForCausalLM
-from mobazoo.results import write_result
+from mobazoo.parts import Parts
+from mobazoo.results import lasting, machine, write_result
 
 FULL = ({"layers": ":", "pattern": "full", "backend": "auto"},)
 
@@ -25,13 +27,15 @@ def time_prefill(recipe: BenchRecipe, progress: Callable[[str, int, int], None])
     """Times the forward that fills the cache and gives the last token's logits.
 
     A round times full attention and then the rules; a ratio belongs to its round, so that a machine whose speed drifts
-    favours neither. Prompts are random tokens.
+    favours neither. Prompts are random tokens. With ``dest`` every length is kept as soon as it is measured, and the
+    same call goes on after an interruption.
 
     Returns:
         ``prefill``, for every length the seconds of each round, their medians and the median ratio.
 
     Raises:
-        InputError: a recipe or model that cannot be used.
+        InputError: a recipe or model that cannot be used, or lengths of another recipe, machine or version kept beside
+            ``dest``.
     """
     recipe.check()
     model = ready_model(recipe.model, attention=recipe.attention, device=recipe.device, dtype=recipe.dtype)
@@ -45,21 +49,31 @@ def time_prefill(recipe: BenchRecipe, progress: Callable[[str, int, int], None])
             f"bench.attention: no layer of {recipe.model} has MoBA, so there is nothing to compare; convert it, or "
             "give rules like attention='[{pattern: moba, block_size: 512, top_k: 3}]'"
         )
-    own = [rule.as_dict() for rule in model.config.attention_rules()]
-    rows, total = [], len(recipe.lengths) * (recipe.rounds + 1)
+    parts, rows = Parts(recipe.dest, recipe, recipe.model, lasting(machine())), []
+    each = recipe.rounds + 1
+
+    def told(number: int, count: int) -> None:
+        progress("prefill", number * each + count, len(recipe.lengths) * each)
+
     for number, length in enumerate(recipe.lengths):
-        ids = _prompt(length, model)
-        full, moba = [], []
-        for time_number in range(recipe.rounds + 1):  # the first one warms up
-            full.append(_seconds(model, ids, [*own, *FULL]))
-            moba.append(_seconds(model, ids, own))
-            progress("prefill", number * (recipe.rounds + 1) + time_number + 1, total)
-        share = float(share_read(model.config.attention_layers(), length))
-        rows.append({"length": length, "share_read": share, **summary(full[1:], moba[1:])})
+        rows.append(parts.get(f"row {number}", partial(_row, model, length, recipe.rounds, partial(told, number))))
     found = {"prefill": rows}
     if recipe.dest is not None:
         write_result(recipe.dest, "bench", recipe, found)
+        parts.done()
     return found
+
+
+def _row(model: MobaForCausalLM, length: int, rounds: int, told: Callable[[int], None]) -> dict[str, Any]:
+    own = [rule.as_dict() for rule in model.config.attention_rules()]
+    ids = _prompt(length, model)
+    full, moba = [], []
+    for count in range(rounds + 1):  # the first one warms up
+        full.append(_seconds(model, ids, [*own, *FULL]))
+        moba.append(_seconds(model, ids, own))
+        told(count + 1)
+    share = float(share_read(model.config.attention_layers(), length))
+    return {"length": length, "share_read": share, **summary(full[1:], moba[1:])}
 
 
 def summary(full: Sequence[float], moba: Sequence[float]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from itertools import product
 from statistics import median
@@ -24,7 +25,8 @@ from mobazoo.config.sweep import SweepRecipe
 from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.explain import share_read
 from mobazoo.extras import require
-from mobazoo.results import write_result
+from mobazoo.parts import Parts
+from mobazoo.results import lasting, machine, write_result
 
 Progress = Callable[[str, int, int], None]
 Call = Callable[[], Any]
@@ -50,7 +52,8 @@ def time_sweep(recipe: SweepRecipe, progress: Progress) -> dict[str, Any]:
     """Times every point of the recipe.
 
     Each round calls all contenders in turn, and a ratio belongs to its round. What does not fit, would take too long or
-    cannot compute a point is left out of it, and the reason stands in its place.
+    cannot compute a point is left out of it, and the reason stands in its place. With ``dest`` every point is kept as
+    soon as it is measured, and the same call goes on after an interruption.
 
     Returns:
         ``sweep``: a row for each point with ``runs``: ``name``, ``seconds`` of each round, ``median_s``, ``peak_bytes``
@@ -58,7 +61,8 @@ def time_sweep(recipe: SweepRecipe, progress: Progress) -> dict[str, Any]:
         (``against``), or ``skipped``.
 
     Raises:
-        InputError: a recipe that cannot be used, or nothing in it that fits.
+        InputError: a recipe that cannot be used, nothing in it that fits, or points of another recipe, machine or
+            version kept beside ``dest``.
     """
     recipe.check()
     check_backends(recipe)
@@ -68,16 +72,22 @@ def time_sweep(recipe: SweepRecipe, progress: Progress) -> dict[str, Any]:
         for length in sorted(recipe.lengths)
     ]
     limits, rows = Limits(recipe.longest), []
-    device = usable(recipe.device)
+    device, parts = usable(recipe.device), Parts(recipe.dest, recipe, about=lasting(machine()))
     for number, point in enumerate(points):
         progress("attention", number, len(points))
-        rows.append(_row(point, device, limits))
+        row = parts.get(f"row {number}", partial(_row, point, device, limits))
+        for run in row["runs"]:
+            if "median_s" in run:
+                limits.learn(point, run["name"], run["median_s"])
+        rows.append(row)
     progress("attention", len(points), len(points))
     if all("skipped" in run for row in rows for run in row["runs"]):
+        parts.done()
         raise InputError(f"bench: nothing of it could be timed; {rows[0]['runs'][0]['skipped']}")
     found = {"sweep": rows}
     if recipe.dest is not None:
         write_result(recipe.dest, "bench", recipe, found)
+        parts.done()
     return found
 
 
@@ -99,8 +109,6 @@ def _row(point: Point, device: str, limits: Limits) -> dict[str, Any]:
                 skipped[name] = why
                 del calls[name]
         timed, density = _rounds(calls, point.recipe.rounds, device), _density(point, tensors)
-    for name, took in timed.items():
-        limits.learn(point, name, median(took))
     first = next((rival for rival in point.recipe.against if rival in timed), None)
     return {
         **point.said(),

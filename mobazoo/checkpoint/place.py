@@ -8,6 +8,7 @@ from mobazoo.checkpoint.folder import CONFIG
 from mobazoo.checkpoint.staging import named_errors
 from mobazoo.checkpoint.write import is_small
 from mobazoo.errors import InputError
+from mobazoo.files import MARK
 
 METRICS = "metrics.jsonl"
 
@@ -48,4 +49,5 @@ def _check(dest: Path, overwrite: bool, mark: str) -> None:
 
 
 def _replaceable(path: Path) -> bool:
-    return not path.is_dir() and (is_small(path.name) or path.name == METRICS or path.suffix == ".safetensors")
+    known = is_small(path.name) or path.name in (METRICS, MARK) or path.suffix == ".safetensors"
+    return known and not path.is_dir()

@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mobazoo.errors import InputError
+from mobazoo.files import MARK, signature
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -36,6 +37,8 @@ def staged(dest: Path, *, replace: bool) -> Iterator[Path]:
         try:
             _recover(dest, new, old)
             yield new
+            if (stage := signature()) is not None:
+                (new / MARK).write_text(stage, encoding="utf-8")
             _sync(new)
             _swap(new, dest, old, replace)
         finally:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from mobazoo.cli.work import Outcome, Stage
 from mobazoo.config.recipe import plain
 from mobazoo.config.run import RunRecipe, Step
 from mobazoo.errors import InputError, MobazooError
-from mobazoo.files import read_stamp, write_whole
+from mobazoo.files import read_stamp, signed, stage_of, write_whole
+
+# Beside a result while it is made: by training, by what measures in parts, by folders that replace another.
+_LEFT = ("{}.training", ".{}.parts", ".{}.mobazoo-new", ".{}.mobazoo-old")
 
 
 @dataclass(frozen=True)
@@ -41,17 +44,40 @@ class Planned:
     def done(self) -> Outcome | None:
         """What it left when it was done before with this recipe, if that is still there."""
         said = read_stamp(self.stamp)
-        if said is None or said["digest"] != self.digest:
+        if said is None:
+            return self._unstamped()
+        if said["digest"] != self.digest:
             return None
         outcome = Outcome(said["line"], said["outputs"])
-        return outcome if all(Path(output).exists() for output in outcome.outputs) else None
+        return outcome if all(map(Path.exists, _places(outcome.outputs))) else None
+
+    def _unstamped(self) -> Outcome | None:
+        """Its result where it became whole and the run was killed before the stamp."""
+        dest = getattr(self.recipe, "dest", None)
+        if dest is None or stage_of(Path(dest).expanduser()) != self.digest:
+            return None
+        return Outcome(f"wrote {dest}, before the run was killed", [dest])
+
+    def skip(self, outcome: Outcome) -> None:
+        """Makes up for what a run that was killed after its result did not come to do: the stamp, and cleaning up."""
+        if self.stamp.exists():
+            return
+        for dest in _places(outcome.outputs):
+            for left in (dest.with_name(name.format(dest.name)) for name in _LEFT):
+                _remove(left)
+        self._write_stamp(outcome, None)
 
     def run(self) -> tuple[Outcome, float]:
         """Does it, stamps it, and says how many seconds it took."""
         self._clear()
         begin = time.perf_counter()
-        outcome = self.verb.execute(self.recipe)
+        with signed(self.digest):
+            outcome = self.verb.execute(self.recipe)
         seconds = time.perf_counter() - begin
+        self._write_stamp(outcome, seconds)
+        return outcome, seconds
+
+    def _write_stamp(self, outcome: Outcome, seconds: float | None) -> None:
         said = {
             "digest": self.digest,
             "verb": self.step.verb,
@@ -63,18 +89,28 @@ class Planned:
             "mobazoo": __version__,
         }
         write_whole(self.stamp, json.dumps(said, indent=1) + "\n")
-        return outcome, seconds
 
     def _clear(self) -> None:
         """Removes what this stage wrote into the run's own folder when its recipe was another."""
         said, folder = read_stamp(self.stamp), self.stamp.parent.parent.resolve()
         if said is None:
             return
-        for output in map(Path, said["outputs"]):
+        for output in _places(said["outputs"]):
             if output.exists() and folder in output.resolve().parents:
                 note(f"removing {output}, written by this stage with another recipe")
-                shutil.rmtree(output) if output.is_dir() and not output.is_symlink() else output.unlink()
+                _remove(output)
         self.stamp.unlink()
+
+
+def _places(outputs: Iterable[str]) -> list[Path]:
+    return [Path(output).expanduser() for output in outputs]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def planned(recipe: RunRecipe, verbs: Mapping[str, Any]) -> list[Planned]:
@@ -95,6 +131,6 @@ def planned(recipe: RunRecipe, verbs: Mapping[str, Any]) -> list[Planned]:
             raise type(error)(f"stage {number} ({step.verb}): {error}") from None
         said = json.dumps([digest, step.verb, plain(resolved)], sort_keys=True)
         digest = hashlib.sha256(said.encode()).hexdigest()
-        stamp = Path(recipe.folder, ".stages", f"{number:02}-{step.verb}.json")
+        stamp = Path(recipe.folder, ".stages", f"{number:02}-{step.verb}.json").expanduser()
         stages.append(Planned(step, known[step.verb], resolved, digest, stamp))
     return stages

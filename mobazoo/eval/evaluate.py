@@ -12,9 +12,9 @@ from mobazoo.errors import InputError
 from mobazoo.eval.choices import block_choices
 from mobazoo.eval.harness import measure_tasks
 from mobazoo.eval.loss import measure_loss
-from mobazoo.eval.parts import Parts
 from mobazoo.eval.recall import measure_recall
 from mobazoo.eval.texts import read_texts
+from mobazoo.parts import Parts
 from mobazoo.results import write_result
 
 

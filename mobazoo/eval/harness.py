@@ -21,10 +21,10 @@ from mobazoo.config.eval import EvalRecipe, LmEvalTask, RecallTask
 from mobazoo.config.keys import nearest
 from mobazoo.errors import InputError
 from mobazoo.eval.haystack import Haystack, pose
-from mobazoo.eval.parts import Parts
 from mobazoo.eval.recall import SPARE, check_positions, score
 from mobazoo.eval.settings import setting
 from mobazoo.nn.causal_lm import MobaForCausalLM
+from mobazoo.parts import Parts
 
 Progress = Callable[[str, int, int], None]
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from mobazoo.config.eval import EvalRecipe
 from mobazoo.errors import InputError
 from mobazoo.eval.haystack import Haystack, Question, pose
-from mobazoo.eval.parts import Parts
 from mobazoo.eval.settings import setting
 from mobazoo.metrics import estimate
 from mobazoo.nn.causal_lm import MobaForCausalLM
+from mobazoo.parts import Parts
 
 Progress = Callable[[str, int, int], None]
 

@@ -108,11 +108,9 @@ class Attention(nn.Module):
         return conv(k, pos, before)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, known: Centroids | None, geometry: Geometry) -> Tensor:
-        """Queries before ``decode_from`` use the layer's pattern, later ones its decode pattern."""
+        """Queries of the prompt use the layer's pattern, later ones its decode pattern."""
         length, first = q.shape[2], geometry.q_start
-        split = length
-        if geometry.decode_from is not None and self.layer.decode_pattern != self.layer.pattern:
-            split = _prompt_part(length, first, geometry.decode_from)
+        split = geometry.prompt if self.layer.decode_pattern != self.layer.pattern else length
         parts = []
         if split:
             parts.append(self._attend_one(q[:, :, :split], k, v, known, geometry, self.layer.pattern, first))
@@ -144,14 +142,3 @@ class Attention(nn.Module):
                 return decode.run(q, k, v, segments=segments, routes=routes, q_start=q_start, scale=scale)
         k, v = k.to(q.device), v.to(q.device)
         return attend(q, k, v, pattern=pattern, backend=backend, segments=segments, routes=routes, q_start=q_start)
-
-
-def _prompt_part(length: int, q_start: int | Tensor, decode_from: int) -> int:
-    """How many of ``length`` queries stand before ``decode_from``.
-
-    Inside a compiled graph ``q_start`` of a static cache is unknown: one token is decoding there, and so a prompt whose
-    last compiled chunk is one token has that token decoded.
-    """
-    if isinstance(q_start, Tensor):
-        return 0 if length == 1 else length
-    return min(max(decode_from - q_start, 0), length)

@@ -23,7 +23,7 @@ class Geometry:
     Attributes:
         segments: documents of the ``S`` slots that keys occupy.
         q_start: slot of the first token, an int or a 0-dim tensor.
-        decode_from: slot of the first token after the prompt (None: everything is prompt).
+        prompt: how many of the forward's tokens are of the prompt; the others are decoded.
         cos: ``[B, 1, T, D]``, of the whole row where rows are shared.
         sin: as ``cos``.
         sequence: this process's part of the row (None: all of it).
@@ -31,7 +31,7 @@ class Geometry:
 
     segments: Segments
     q_start: int | Tensor
-    decode_from: int | None
+    prompt: int
     cos: Tensor
     sin: Tensor
     sequence: RowShare | None = None
@@ -43,6 +43,30 @@ def past_length(cache: Cache | None) -> int | Tensor:
     if isinstance(past, Tensor):
         return past.clone().reshape(()) if torch.compiler.is_compiling() else int(past)  # it counts on in place
     return past
+
+
+def prompt_part(
+    length: int, start: int | Tensor, decode_from: int | None, mask: Tensor | None, slots: int
+) -> int:
+    """How many of ``length`` tokens stand before ``decode_from``.
+
+    Inside a compiled graph ``start`` on a static cache is unknown, but for what the mask's width says: it ends where the
+    tokens end, or has a column for every slot. Without one a single token is decoded there, and several are prompt.
+
+    Args:
+        length: tokens of this forward.
+        start: slot of the first.
+        decode_from: slot of the first token after the prompt (None: everything is prompt).
+        mask: ``[B, past + T]`` or ``[B, slots]``.
+        slots: of the cache.
+    """
+    if decode_from is None or (mask is not None and mask.shape[1] <= decode_from):
+        return length
+    if isinstance(start, Tensor):
+        if mask is None or mask.shape[1] == slots:
+            return 0 if length == 1 else length
+        start = mask.shape[1] - length
+    return min(max(decode_from - start, 0), length)
 
 
 def documents(

@@ -157,7 +157,8 @@ def _stages(findings: Findings) -> str:
     if not findings.stages:
         return ""
     rows = [
-        (str(i), stage["verb"], f"{stage['seconds']:.1f}", stage["line"]) for i, stage in enumerate(findings.stages, 1)
+        (str(i), stage["verb"], "unknown" if stage["seconds"] is None else f"{stage['seconds']:.1f}", stage["line"])
+        for i, stage in enumerate(findings.stages, 1)
     ]
     commands = "\n".join(stage["command"] for stage in findings.stages)
     recipes = "\n".join(f"# {stage['command']}\n{to_yaml(stage['recipe'])}" for stage in findings.stages)

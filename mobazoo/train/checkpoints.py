@@ -18,6 +18,7 @@ from mobazoo.checkpoint.staging import named_errors
 from mobazoo.config.recipe import plain
 from mobazoo.config.train import TrainRecipe
 from mobazoo.errors import InputError
+from mobazoo.parts import differences
 
 STATE, TENSORS, TRAINER = "training.json", "training.safetensors", "trainer_state.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -113,12 +114,10 @@ def check_identity(folder: Path, recipe: TrainRecipe) -> None:
         InputError: the first keys that differ, with both values.
     """
     there, here = read_json(folder / STATE).get("recipe") or {}, identity(recipe)
-    differ = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    if differ:
-        said = ", ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differ[:3])
+    if there != here:
         raise InputError(
-            f"{folder}: is of another recipe ({said}); begin anew with resume=false, which removes it, or, if it is a "
-            f"model, take its weights alone with model={folder} and another dest"
+            f"{folder}: is of another recipe ({differences(there, here)}); begin anew with resume=false, which removes "
+            f"it, or, if it is a model, take its weights alone with model={folder} and another dest"
         )
 
 

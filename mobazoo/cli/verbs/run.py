@@ -37,7 +37,9 @@ def main(context: typer.Context, recipe: RecipeArgument, overrides: Overrides = 
     rows = []
     for i, (name, stage) in enumerate(zip(names, stages, strict=True), 1):
         outcome, took = stage.done(), "skipped"
-        if outcome is None:
+        if outcome is not None:
+            stage.skip(outcome)
+        else:
             note(name)
             outcome, seconds = stage.run()
             took = f"{seconds:.1f}"
