@@ -16,7 +16,7 @@ from mobazoo.config.rules import LayerAttention, parse_rules, resolve
 from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.nn.attention import NAIVE, Attention
 from mobazoo.nn.cache import MobaCache
-from mobazoo.nn.geometry import Geometry, documents, past_length
+from mobazoo.nn.geometry import Geometry, documents, past_length, prompt_part
 from mobazoo.nn.kconv import KeyConv
 from mobazoo.nn.mlp import SwiGLU
 from mobazoo.nn.norm import RMSNorm
@@ -225,7 +225,8 @@ class MobaModel(MobaPreTrainedModel):
                 position_ids = (arange(shape[1], device=hidden.device) + past)[None]
             first = past if self.sequence is None else own.start
             cos, sin = self.rotary_emb(position_ids, hidden.dtype)
-            geometry = Geometry(segments, first, decode_from, cos, sin, self.sequence)
+            prompt = prompt_part(hidden.shape[1], first, decode_from, attention_mask, segments.length)
+            geometry = Geometry(segments, first, prompt, cos, sin, self.sequence)
             wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             states = [hidden] if wanted else None
             for layer in self.layers:

@@ -349,6 +349,19 @@ def test_one_graph_for_all_steps(padding: int) -> None:
     assert want.isfinite().all()
 
 
+def test_a_last_chunk_of_one_token_is_prompt_in_a_graph_too() -> None:
+    model = made("llama", "full", layers=2)
+    tokens, mask = text("full", "left")
+    want = truth(model, tokens, mask)[:, PROMPT - 1]
+    kept = MobaCache(model.config, max_length=60)
+    through(model, tokens, mask, kept, [PROMPT - 1])
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    last: Any = {"attention_mask": mask[:, :PROMPT], "decode_from": PROMPT}  # type: ignore[index]
+    with torch.no_grad():
+        got = step(tokens[:, PROMPT - 1 : PROMPT], past_key_values=kept, **last).logits
+    assert error(got[:, 0], want) <= 1e-5
+
+
 @both
 @pytest.mark.parametrize("chunk", [None, 5, 26])
 def test_compiled_steps_of_generate(mode: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
