@@ -33,6 +33,20 @@ class Piece(NamedTuple):
         return slice(self.heads.start * group, self.heads.stop * group)
 
 
+def count(threads: int) -> int:
+    """Threads of ours, each with an equal share of torch's ``threads``.
+
+    Where there are too many for one each, the number (even, as key heads are) whose shares leave the fewest over.
+
+    Example:
+        >>> count(8), count(24), count(64)
+        (8, 12, 16)
+    """
+    if threads <= _MOST:
+        return threads
+    return max(range(_MOST // 2, _MOST + 1, 2), key=lambda lanes: (threads // lanes * lanes, lanes))
+
+
 def pieces(batch: int, heads: int, tokens: int, least: int, most: int) -> list[Piece]:
     """A batch cut into pieces for ``spread``: by key heads, then tokens, as many for one thread as for another.
 
@@ -43,7 +57,7 @@ def pieces(batch: int, heads: int, tokens: int, least: int, most: int) -> list[P
         least: tokens of one key head that are work enough for a thread.
         most: ranges of tokens to cut a row into.
     """
-    lanes = min(_MOST, torch.get_num_threads())
+    lanes = count(torch.get_num_threads())
     while lanes > 1 and batch * heads * tokens < lanes * least:
         lanes //= 2
     of_row = lanes // gcd(batch, lanes)
@@ -68,7 +82,7 @@ def spread(work: Callable[[Piece], None], over: list[Piece]) -> None:
     ``work`` may write to disjoint parts of shared tensors; it runs without autograd.
     """
     threads = torch.get_num_threads()
-    lanes = min(_MOST, threads)
+    lanes = count(threads)
     if len(over) < 2 or lanes < 2:
         for piece in over:
             work(piece)

@@ -7,19 +7,23 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from threading import get_ident
+from typing import Any
 
 import pytest
 import torch
 
 from mobazoo.attention import MoBA, attend, routing
 from mobazoo.attention.kernels import cpu
-from mobazoo.attention.lanes import Piece, pieces, spread
+from mobazoo.attention.lanes import Piece, count, pieces, spread
 from tests.attention.parity.cases import SPARSE
 from tests.factories import chosen_by, gate_routes, inputs, oracle, random_routes, run, spy
 from tests.tolerance import check
 
 
-@pytest.fixture(params=[1, 2, 3, 20])
+LANES = {1: 1, 2: 2, 3: 3, 20: 10}  # threads of ours, by torch's
+
+
+@pytest.fixture(params=LANES)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """As many threads of torch's as the machine of the parameter would have."""
     before = torch.get_num_threads()
@@ -49,7 +53,7 @@ def test_pieces_hold_every_query_once_and_share_evenly(shape: tuple[int, int, in
     )
     assert held == Counter((b, h, t) for b in range(batch) for h in range(heads) for t in range(tokens))
     if batch * heads * tokens >= 16 * threads:
-        assert len(over) % min(threads, 16) == 0
+        assert len(over) % LANES[threads] == 0
         assert max(p.tokens.stop - p.tokens.start for p in over) - min(p.tokens.stop - p.tokens.start for p in over) < 2
     assert len(pieces(batch, heads, tokens, 16, most=1)) <= batch * heads
 
@@ -92,7 +96,7 @@ def test_every_thread_has_its_share_of_cores_and_torch_keeps_its_own(threads: in
         seen[get_ident()] = torch.get_num_threads()
 
     spread(work, pieces(4, 4, 64, 1, most=1) * 8)
-    lanes = min(threads, 16)
+    lanes = LANES[threads]
     assert set(seen.values()) == {threads // lanes if lanes > 1 else 1}
     assert len(seen) <= lanes
     assert (get_ident() in seen) == (lanes == 1)
@@ -123,6 +127,42 @@ def test_modes_of_the_caller_hold(mode: type, shared: None) -> None:
         assert out.requires_grad == (mode is torch.enable_grad)
         assert out.is_inference() == (mode is torch.inference_mode)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("threads", "lanes", "each"),
+    [(16, 16, 1), (17, 16, 1), (24, 12, 2), (31, 10, 3), (32, 16, 2), (48, 16, 3), (64, 16, 4)],
+)
+def test_threads_beyond_16_are_shared_out(
+    threads: int, lanes: int, each: int, shared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal shares, as few threads left over as can be, and the answer of one thread."""
+    case = SPARSE["whole"]
+    data, (routes, _) = inputs(case), random_routes(case)
+    before = torch.get_num_threads()
+    seen: dict[int, int] = {}
+    kernel = cpu._forward
+
+    def noted(*given: Any) -> None:
+        seen[get_ident()] = torch.get_num_threads()
+        kernel(*given)
+
+    monkeypatch.setattr(cpu, "_forward", noted)
+    torch.set_num_threads(1)
+    alone = run(case, data, "flash", routes=routes, grad=True)
+    seen.clear()
+    torch.set_num_threads(threads)
+    try:
+        many = run(case, data, "flash", routes=routes, grad=True)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert count(threads) == lanes
+    assert set(seen.values()) == {each}
+    assert len(seen) <= lanes
+    assert lanes * each > threads - 2
+    for a, b in zip(many.tensors, alone.tensors, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def _child(results: multiprocessing.Queue[int]) -> None:
