@@ -50,13 +50,9 @@ def read_stamp(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: not a stamp ({error}); remove it; a stage that is not whole runs again"
-        ) from None
+        raise InputError(f"{path}: not a stamp ({error}); remove it; a stage that is not whole runs again") from None
     if not isinstance(said, Mapping) or not said.keys() >= _STAMP:
-        raise InputError(
-            f"{path}: not a stamp of this version; remove it; a stage that is not whole runs again"
-        )
+        raise InputError(f"{path}: not a stamp of this version; remove it; a stage that is not whole runs again")
     return dict(said)
 
 
@@ -89,14 +85,30 @@ def stage_of(path: Path) -> str | None:
     return said.get(STAGE) if isinstance(said, dict) else None
 
 
-def check_result_place(dest: str | None) -> None:
-    """Refuses a place for a JSON result that holds something else than an earlier result.
+def check_writable(path: Path) -> None:
+    """Refuses a file that could not be written when its content is there, perhaps after hours.
 
     Raises:
-        InputError: a folder, or a file that no ``mobazoo`` wrote as a result.
+        InputError: a folder of that name, or no folder that files can be written to.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the file to write")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{path}: cannot be written: {above} is no folder that takes files; give another dest")
+
+
+def check_result_place(dest: str | None) -> None:
+    """Refuses a place for a JSON result that holds something else than an earlier result, or can hold none.
+
+    Raises:
+        InputError: a folder, a file that no ``mobazoo`` wrote as a result, or as ``check_writable``.
     """
     path = Path(dest).expanduser() if dest is not None else None
-    if path is None or not path.exists():
+    if path is None:
+        return
+    check_writable(path)
+    if not path.exists():
         return
     try:
         said = json.loads(path.read_text("utf-8"))

@@ -80,8 +80,8 @@ def generate(
     """Continues ``prompt`` (or answers it, with a chat template); ``write`` gets the text piece by piece.
 
     Raises:
-        InputError: an empty prompt, a chat template that is not there, more tokens than the model has positions for,
-            or a generation config that asks for several texts at once.
+        InputError: an empty prompt, a chat template or a system message in one that is not there, more tokens than the
+            model has positions for, or a generation config that asks for several texts at once.
     """
     for name in ("num_beams", "num_return_sequences"):
         many = getattr(model.generation_config, name) or 1
@@ -139,6 +139,9 @@ def _peak_of_process() -> int:
 
 def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, recipe: GenerateRecipe) -> Any:
     chat = tokenizer.chat_template is not None if recipe.chat is None else recipe.chat
+    if recipe.system and not chat:
+        why = "chat=false" if tokenizer.chat_template is not None else "the tokenizer has none"
+        raise InputError(f"system: stands in a chat template, and {why}; leave it out, or put it into the prompt")
     if not chat:
         return tokenizer(prompt, return_tensors="pt")
     if tokenizer.chat_template is None:

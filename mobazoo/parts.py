@@ -59,9 +59,9 @@ class Parts:
             raise InputError(
                 f"{path}: holds no parts of an interrupted measurement ({error!r}); remove it to begin anew"
             ) from None
-        if of != self._of:
+        if other := differences(of, self._of):
             raise InputError(
-                f"{path}: keeps what an interrupted run of something else measured ({differences(of, self._of)}); "
+                f"{path}: keeps what an interrupted run of something else measured ({other}); "
                 "go on with the same, or remove it to begin anew"
             )
         return kept

@@ -99,8 +99,8 @@ def test_dry_run_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert call("explain", tmp_path / "again.yaml", "--dry-run").stdout == said
     for word, message in (
         ("length=0", "explain.length: want a number >= 1, got 0"),
+        ("dtype=int8", "explain.dtype: want one of float32, bfloat16, float16, got 'int8'"),
         ("rounds=0", "explain.rounds: want a number >= 1, got 0"),
-        ("dtype=int8", "--dtype: want one of float32, bfloat16, float16, got 'int8'"),
         (
             "device=cuda",
             "explain.device: want auto or cpu, there is no GPU here, got 'cuda'",
@@ -110,3 +110,5 @@ def test_dry_run_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ):
         result = call("explain", "llama-tiny", word)
         assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
+    assert "binary: cannot be read as text" in call("explain", tmp_path / "binary").stderr

@@ -142,6 +142,9 @@ def test_a_chat_template_makes_the_prompt(family: str, tmp_path: Path) -> None:
         assert result.stdout.split() == [f"w{i}" for i in tokens.tolist() if i]
         assert f"{prompt.shape[1]} tokens read in " in result.stderr
         assert ", 3 written" in result.stderr
+    result = call(tmp_path, "--prompt", "w7", "chat=false", "system=w6")
+    assert result.exit_code == 2
+    assert "system: stands in a chat template, and chat=false; leave it out, or put it into the" in result.stderr
 
 
 @pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast", None])

@@ -12,6 +12,7 @@ import pytest
 from mobazoo import results
 from mobazoo.config.bench import BenchRecipe
 from mobazoo.errors import InputError
+from mobazoo.files import write_whole
 from mobazoo.results import command, machine, read_results, write_result
 
 
@@ -64,8 +65,10 @@ def test_other_json_files_are_passed_over(tmp_path: Path) -> None:
 
 def test_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/a\.json: cannot be written: File exists; give another dest"):
+    with pytest.raises(InputError, match=r"file/a\.json: cannot be written: .*/file is no folder that takes files"):
         write_result(tmp_path / "file" / "a.json", "bench", BenchRecipe("m"), {})
+    with pytest.raises(InputError, match=r"file/a\.json: cannot be written: File exists; give another dest"):
+        write_whole(tmp_path / "file" / "a.json", "{}")
     (tmp_path / "torn.json").write_text("{")
     with pytest.raises(InputError, match=r"torn\.json: cannot be read as JSON"):
         read_results(tmp_path)

@@ -211,6 +211,27 @@ def test_memory_is_that_of_the_call() -> None:
     assert 250 << 20 <= grown <= 300 << 20
 
 
+def test_a_control_groups_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "available_memory", lambda: 5 << 20)
+    (row,) = time_sweep(replace(SMALL, against=["naive", "sdpa"], rounds=1), quiet)["sweep"]
+    assert row["runs"][0]["skipped"] == "needs about 0.014 GiB, there are 0.00488 GiB"
+
+
+def test_memory_that_runs_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first call of all, which is at a short length, too."""
+    computes = sweep._computes
+
+    def fails(name: str, at: Point, *given: Any) -> Any:
+        def full(*_: Any) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+        return full if name == "naive" else computes(name, at, *given)
+
+    monkeypatch.setattr(sweep, "_computes", fails)
+    (row,) = time_sweep(replace(SMALL, against=["naive", "sdpa"], rounds=1), quiet)["sweep"]
+    assert [run.get("skipped") for run in row["runs"]] == ["ran out of memory", None, None]
+
+
 def test_no_peak_is_said_where_it_cannot_begin_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak since the process began would be taken for the call's."""
     monkeypatch.setattr(limits, "_REFERENCES", tmp_path / "none" / "clear_refs")

@@ -24,6 +24,7 @@ from mobazoo.attention.auto import choose
 from mobazoo.attention.kernels import cpu
 from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.problem import Problem
+from mobazoo.bench.ratios import ratios, speedup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,7 +63,7 @@ class Result:
     @property
     def ratios(self) -> list[float]:
         """How many times faster than full attention, per round."""
-        return [full / moba for full, moba in zip(self.full, self.moba, strict=True)]
+        return ratios(self.full, self.moba)
 
     @property
     def speedup(self) -> float:
@@ -76,9 +77,7 @@ class Result:
             "backend": self.backend,
             "full_s": median(self.full),
             "moba_s": median(self.moba),
-            "speedup": self.speedup,
-            "speedup_min": min(self.ratios),
-            "speedup_max": max(self.ratios),
+            **speedup(self.full, self.moba),
             "stages_s": self.stages,
         }
 

@@ -17,7 +17,7 @@ from mobazoo.bench import decode
 from mobazoo.bench.attention import Case, Result, measured, stages, suite_cpu
 from mobazoo.bench.page import bench_page, described
 from mobazoo.errors import InputError, MobazooError
-from mobazoo.files import write_whole
+from mobazoo.files import check_writable, write_whole
 from mobazoo.results import machine
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -28,6 +28,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
     "`mobazoo bench --suite cpu --json cpu.json`; by a recipe `mobazoo bench prefill model=./folder`, on a checkpoint"
 )
 def main(
+    context: typer.Context,
     suite: Annotated[
         str, typer.Option(help="`cpu` or `decode`: the figures of docs/benchmarks. Empty: one case.")
     ] = "",
@@ -46,6 +47,11 @@ def main(
     """Times MoBA against full causal attention on this machine's CPU and prints where the time goes."""
     console = Console(width=None if sys.stdout.isatty() else 200)  # a table in a file is not cut to 80 columns
     try:
+        if suite and (given := _given(context)):
+            raise InputError(f"bench: --suite {suite} has cases of its own; leave out {', '.join(given)}")
+        for path in (json_path, markdown):
+            if path is not None:
+                check_writable(path)
         torch.set_num_threads(threads)
         if suite == "decode":  # its own rivals and table
             decode.run(console, rounds, json_path, markdown, dry_run)
@@ -76,6 +82,15 @@ def main(
         raise typer.Exit(2) from None
 
 
+def _given(context: typer.Context) -> list[str]:
+    """The options of one case that the command line names."""
+    sources = {name: context.get_parameter_source(name) for name in _OF_A_CASE}
+    return [
+        f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    ]
+
+
+_OF_A_CASE = ("length", "block_size", "top_k", "dtype", "backward", "backend")
 HEADER = ("case", "backend", "full ms", "MoBA ms", "times faster", "range", "bound")
 
 

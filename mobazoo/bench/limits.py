@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mobazoo.bench.points import Point
+from mobazoo.checkpoint.memory import available_memory
 
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -50,10 +51,7 @@ def available(device: str) -> int | None:
     if device.startswith("cuda"):
         free: int = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return None
+    return available_memory()
 
 
 def peak_of(call: Callable[[], Any], device: str) -> int | None:

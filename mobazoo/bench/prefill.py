@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention import MoBA
+from mobazoo.bench.ratios import speedup
 from mobazoo.checkpoint.ready import ready_model
 from mobazoo.config.bench import BenchRecipe
 from mobazoo.errors import InputError
@@ -83,15 +84,12 @@ def summary(full: Sequence[float], moba: Sequence[float]) -> dict[str, Any]:
         >>> summary([2.0, 9.0, 4.0], [1.0, 3.0, 1.0])["speedup"]
         3.0
     """
-    ratios = [one / other for one, other in zip(full, moba, strict=True)]
     return {
         "full_s": list(full),
         "moba_s": list(moba),
         "full_median_s": median(full),
         "moba_median_s": median(moba),
-        "speedup": median(ratios),
-        "speedup_min": min(ratios),
-        "speedup_max": max(ratios),
+        **speedup(full, moba),
     }
 
 

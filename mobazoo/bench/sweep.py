@@ -18,6 +18,7 @@ from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.blockmask import tile_density
 from mobazoo.bench.limits import Limits, available, peak_of
 from mobazoo.bench.points import Point
+from mobazoo.bench.ratios import speedup
 from mobazoo.checkpoint.ready import usable
 from mobazoo.config.keys import nearest
 from mobazoo.config.rules import LayerAttention
@@ -127,8 +128,7 @@ def _figures(timed: Mapping[str, list[float]], name: str, first: str | None) -> 
     took = timed[name]
     found: dict[str, Any] = {"seconds": took, "median_s": median(took)}
     if first is not None and name != first:
-        ratios = [one / other for one, other in zip(timed[first], took, strict=True)]
-        found |= {"against": first, "speedup": median(ratios), "speedup_min": min(ratios), "speedup_max": max(ratios)}
+        found |= {"against": first, **speedup(timed[first], took)}
     return found
 
 
@@ -146,9 +146,11 @@ def _tried(point: Point, name: str, device: str, limits: Limits) -> str | None:
     pilot = point.at(min(_PILOT, point.length))
     try:
         call = contender(name, pilot, inputs(pilot, device))
-        call()
     except UnsupportedError as error:
         return str(error)
+    why, _ = _first_call(call, device)
+    if why is not None:
+        return why
     limits.learn(pilot, name, min(clocked(call, device) for _ in range(2)))
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -12,6 +13,7 @@ import typer
 
 from mobazoo.cli.output import say
 from mobazoo.config.recipe import to_yaml
+from mobazoo.config.shipped import RECIPES, Source, find, shipped
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -49,6 +51,18 @@ def work(verb: Stage, recipe: str, overrides: Sequence[str] | None, dry_run: boo
         show_plan(resolved, verb.plan(resolved))
     else:
         say(verb.execute(resolved).line)
+
+
+def recipe_or_model(given: str, folder: str) -> Source:
+    """A recipe by path or name (from ``folder`` if it is only named), or one that says no more than the model.
+
+    Raises:
+        InputError: a recipe file that is not there.
+    """
+    names = shipped(RECIPES)
+    if Path(given).is_file() or given.endswith(".yaml") or given in names or f"{folder}/{given}" in names:
+        return find(given, RECIPES, folder)
+    return Source(given, given, f"model: {json.dumps(given)}")
 
 
 def is_here(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mobazoo.config.convert import DTYPES
 from mobazoo.config.rules import parse_rules
 from mobazoo.errors import InputError
 
@@ -38,6 +39,8 @@ class ExplainRecipe:
             InputError: a value that no model could use.
         """
         parse_rules(self.attention, "explain.attention")
+        if self.dtype not in DTYPES:
+            raise InputError(f"explain.dtype: want one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for name in ("length", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"explain.{name}: want a number >= 1, got {getattr(self, name)}")

@@ -62,5 +62,7 @@ class GenerateRecipe:
             raise InputError(f"max_new_tokens: want at least 1, got {self.max_new_tokens}")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature: want 0 (greedy) or more, got {self.temperature}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise InputError(f"seed: want a number of 64 bits, got {self.seed}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p: want a share above 0 and up to 1, got {self.top_p}")

@@ -53,6 +53,8 @@ class RunRecipe:
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not self.folder.strip():  # as an unset shell variable leaves it: stages would write to /
+            raise InputError("folder: is empty; want the run's folder, folder=runs/mine")
         if not self.stages:
             raise InputError("stages: none; want a list like [{verb: convert, recipe: ..., with: {...}}]")
         self.steps()

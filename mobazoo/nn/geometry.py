@@ -45,13 +45,11 @@ def past_length(cache: Cache | None) -> int | Tensor:
     return past
 
 
-def prompt_part(
-    length: int, start: int | Tensor, decode_from: int | None, mask: Tensor | None, slots: int
-) -> int:
+def prompt_part(length: int, start: int | Tensor, decode_from: int | None, mask: Tensor | None, slots: int) -> int:
     """How many of ``length`` tokens stand before ``decode_from``.
 
-    Inside a compiled graph ``start`` on a static cache is unknown, but for what the mask's width says: it ends where the
-    tokens end, or has a column for every slot. Without one a single token is decoded there, and several are prompt.
+    Inside a compiled graph ``start`` on a static cache is unknown, but for what the mask's width says: it ends where
+    the tokens end, or has a column for every slot. Without one a single token is decoded there, and several are prompt.
 
     Args:
         length: tokens of this forward.

@@ -114,9 +114,9 @@ def check_identity(folder: Path, recipe: TrainRecipe) -> None:
         InputError: the first keys that differ, with both values.
     """
     there, here = read_json(folder / STATE).get("recipe") or {}, identity(recipe)
-    if there != here:
+    if said := differences(there, here):
         raise InputError(
-            f"{folder}: is of another recipe ({differences(there, here)}); begin anew with resume=false, which removes "
+            f"{folder}: is of another recipe ({said}); begin anew with resume=false, which removes "
             f"it, or, if it is a model, take its weights alone with model={folder} and another dest"
         )
 

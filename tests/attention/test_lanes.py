@@ -19,7 +19,6 @@ from tests.attention.parity.cases import SPARSE
 from tests.factories import chosen_by, gate_routes, inputs, oracle, random_routes, run, spy
 from tests.tolerance import check
 
-
 LANES = {1: 1, 2: 2, 3: 3, 20: 10}  # threads of ours, by torch's
 
 

@@ -240,10 +240,22 @@ def test_a_result_never_replaces_another_file(place: Path, tmp_path: Path) -> No
 
 
 def test_bench_says_where_it_cannot_write(tmp_path: Path) -> None:
+    """Before it times anything, whatever writes the result."""
     (tmp_path / "file").write_text("")
-    result = call("bench", "--length", 64, "--block-size", 8, "--rounds", 1, "--json", tmp_path / "file" / "a.json")
-    assert result.exit_code == 2
-    assert "a.json: cannot be written: File exists; give another dest" in result.stderr
+    inside = tmp_path / "file" / "a.json"
+    for words in (
+        ("bench", "--length", 64, "--block-size", 8, "--rounds", 1, "--json", inside),
+        ("bench", "--length", 64, "--block-size", 8, "--rounds", 1, "--markdown", inside),
+        ("bench", "prefill", "model=m", f"dest={inside}"),
+        ("eval", "loss", "model=m", "data.path=stdlib", f"dest={inside}"),
+    ):
+        result = call(*words)
+        assert result.exit_code == 2
+        why = f"{tmp_path / 'file'} is no folder that takes files; give another dest"
+        assert result.stderr == f"error: {inside}: cannot be written: {why}\n"
+        assert result.stdout == ""
+    folder = call("bench", "prefill", "model=m", f"dest={tmp_path}")
+    assert folder.stderr == f"error: {tmp_path}: is a folder; give the file to write\n"
 
 
 def test_a_run_that_is_done_can_be_dry_run(place: Path, tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ def test_generate_by_chunks_from_mapped_files_sparsely(checkpoint: Path, tmp_pat
         ),
         (["max_new_tokens=0"], "a", "max_new_tokens: want at least 1, got 0"),
         (["temperature=-1"], "a", "temperature: want 0 (greedy) or more, got -1"),
+        ([f"seed={2**64}"], "a", f"seed: want a number of 64 bits, got {2**64}"),
+        (["system=b"], "a", "system: stands in a chat template, and the tokenizer has none; leave it out, or put it"),
         (["top_p=0"], "a", "top_p: want a share above 0 and up to 1, got 0"),
         (["max_tokens=3"], "a", "unknown key 'max_tokens'; did you mean 'max_new_tokens'?"),
     ],
@@ -145,6 +147,9 @@ def test_bench_hands_its_arguments_over() -> None:
     assert wrong.exit_code == 2
     assert wrong.stderr == "error: bench: unknown suite 'gpu'; known: cpu, decode\n"
     assert call("bench", "--no-such-thing").exit_code == 2
+    both = call("bench", "--suite", "cpu", "--top-k", 2, "--length", 64, "--dry-run")
+    assert both.exit_code == 2
+    assert both.stderr == "error: bench: --suite cpu has cases of its own; leave out --length, --top-k\n"
 
 
 class Writer(ModuleType):
@@ -233,6 +238,7 @@ def test_what_a_stage_finds_there_and_did_not_write_is_not_removed(stages: Any) 
         ("stages[1].recipe=3", "stages[1].recipe: want text, got 3"),
         ("stages[1].with=3", "stages[1].with: want a mapping, got 3"),
         ("stages=[]", "stages: none; want a list like"),
+        ("folder=", "folder: is empty; want the run's folder, folder=runs/mine"),
     ],
 )
 def test_run_errors_come_before_anything_runs(override: str, message: str, stages: Any) -> None:

@@ -18,11 +18,9 @@ import mobazoo
 from mobazoo.cli import app
 from mobazoo.config.data import Data
 from mobazoo.config.eval import EvalRecipe, RecallTask
-from mobazoo.errors import InputError
 from mobazoo.eval import recall
 from mobazoo.eval.evaluate import evaluate
 from mobazoo.eval.haystack import Haystack, pose
-from mobazoo.parts import Parts
 from tests.small import FULL, plain_checkpoint, refusal, zoo_checkpoint
 
 TASK = RecallTask(["needle", "passkey"], [200, 240], [0.0, 1.0], samples=2)
@@ -112,26 +110,6 @@ def test_an_interrupted_measurement_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     whole = evaluate(replace(said, dest=None), quiet)
     assert json.loads(dest.read_text())["recall"] == whole["recall"]
-
-
-def test_parts_count_for_their_own_recipe_and_weights(long: Path, hay: Path, tmp_path: Path) -> None:
-    said = recipe(long, hay)
-    dest = tmp_path / "a.json"
-    assert Parts(dest, said, str(long)).get("x", lambda: 1) == 1
-    assert Parts(dest, said, str(long)).get("x", lambda: 2) == 1
-    assert Parts(dest, replace(said, dest="elsewhere"), str(long)).get("x", lambda: 2) == 1
-    parts, begin = tmp_path / ".a.json.parts", "keeps what an interrupted run of something else measured"
-    end = r"go on with the same, or remove it to begin anew"
-    with pytest.raises(InputError, match=rf"a.json.parts: {begin} \(batch: 4 there, 2 here\); {end}"):
-        Parts(dest, replace(said, batch=2), str(long))
-    with pytest.raises(InputError, match=rf"{begin} \(weights: '\w+' there, '\w+' here\)"):  # other weights: none
-        Parts(dest, said, str(hay))
-    for torn in ("torn", "[]", "{}"):
-        parts.write_text(torn)
-        with pytest.raises(
-            InputError, match=r"holds no parts of an interrupted measurement \(.*\); remove it"
-        ):
-            Parts(dest, said, str(long))
 
 
 def test_the_command_prints_a_table(long: Path, hay: Path) -> None:

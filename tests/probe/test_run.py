@@ -66,10 +66,30 @@ def test_without_a_suggestion_one_text_is_enough(zoo: Path, texts: Path) -> None
 
 def test_dry_run(tmp_path: Path) -> None:
     said = call("probe", "layers", "model=m", "data.path=stdlib", "--dry-run").stdout
-    assert "# would read up to 16 texts of 2048 tokens from stdlib\n# would load m\n# would look at blocks x" in said
+    load = "# would load m (no folder here now; a Hub id if there is none by then)\n"
+    assert f"# would read up to 16 texts of 2048 tokens from stdlib\n{load}# would look at blocks x" in said
     assert "64 x 3, 64 x 4, 64 x 8, 128 x 3" in said
     (tmp_path / "again.yaml").write_text(said)
     assert call("probe", tmp_path / "again.yaml", "--dry-run").stdout == said
+
+
+def test_what_cannot_be_is_said_before_anything_is_measured(zoo: Path, texts: Path) -> None:
+    words = (
+        "probe",
+        zoo,
+        f"data.path={texts}",
+        "length=64",
+        "block_sizes=[8]",
+        "top_k=[2]",
+        "suggest=null",
+        "--dry-run",
+    )
+    before = (zoo / "config.json").read_bytes()
+    result = call(*words, f"dest={zoo / 'config.json'}")
+    assert result.exit_code == 2, result.output
+    assert "config.json: exists and is no earlier result, so it is not replaced" in result.stderr
+    assert (zoo / "config.json").read_bytes() == before
+    assert "dtype: want one of float32" in call(*words, "dtype=int8").stderr
 
 
 def test_data_is_the_users() -> None:

@@ -246,7 +246,9 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path)
     stamp = tmp_path / ".stages" / "01-eval.json"
     stamp.write_text("{")
-    with pytest.raises(InputError, match=r"01-eval\.json: not a stamp \(.*\); remove it; a stage that is not whole runs again"):
+    with pytest.raises(
+        InputError, match=r"01-eval\.json: not a stamp \(.*\); remove it; a stage that is not whole runs again"
+    ):
         collect(tmp_path)
     stamp.write_text('{"verb": "eval"}')
     with pytest.raises(InputError, match=r"01-eval\.json: not a stamp of this version; remove it"):

@@ -13,7 +13,7 @@ import typer
 from mobazoo.cli.output import note, say, table
 from mobazoo.cli.work import DryRun, Overrides, show_plan
 from mobazoo.config.explain import ExplainRecipe
-from mobazoo.config.recipe import parse_recipe
+from mobazoo.config.recipe import has_key, parse_recipe
 from mobazoo.config.shipped import Source, find
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ def main(
 
 def resolve(model: str, overrides: Sequence[str]) -> ExplainRecipe:
     """A recipe of ``mobazoo explain`` by its file, or one that says no more than the model."""
-    if Path(model).is_file() and "\nmodel:" in "\n" + Path(model).read_text("utf-8"):
-        return parse_recipe(find(model), overrides, ExplainRecipe)
-    return parse_recipe(Source(model, model, f"model: {json.dumps(model)}"), overrides, ExplainRecipe)
+    source = find(model) if Path(model).is_file() else None
+    if source is None or not has_key(source, "model"):  # a model file has no such key
+        source = Source(model, model, f"model: {json.dumps(model)}")
+    recipe = parse_recipe(source, overrides, ExplainRecipe)
+    recipe.check()
+    return recipe

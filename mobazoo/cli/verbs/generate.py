@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mobazoo.cli.output import note, progress, size
-from mobazoo.cli.work import DryRun, Outcome, Overrides, show_plan, would_load
+from mobazoo.cli.work import DryRun, Outcome, Overrides, recipe_or_model, show_plan, would_load
 from mobazoo.config.generate import GenerateRecipe
 from mobazoo.config.recipe import parse_recipe
-from mobazoo.config.shipped import RECIPES, Source, find, shipped
 from mobazoo.errors import InputError
 from mobazoo.files import check_result_place
 
@@ -63,17 +61,10 @@ def resolve(model: str, overrides: Sequence[str]) -> GenerateRecipe:
     Raises:
         InputError: settings that no run could use.
     """
-    recipe = _parse(model, overrides)
+    recipe = parse_recipe(recipe_or_model(model, "generate"), overrides, GenerateRecipe)
     check_result_place(recipe.dest)
     recipe.check()
     return recipe
-
-
-def _parse(model: str, overrides: Sequence[str]) -> GenerateRecipe:
-    is_recipe = Path(model).is_file() or model.endswith(".yaml") or f"generate/{model}" in shipped(RECIPES)
-    if is_recipe or model in shipped(RECIPES):
-        return parse_recipe(find(model, RECIPES, "generate"), overrides, GenerateRecipe)
-    return parse_recipe(Source(model, model, f"model: {json.dumps(model)}"), overrides, GenerateRecipe)
 
 
 def plan(recipe: GenerateRecipe) -> list[str]:

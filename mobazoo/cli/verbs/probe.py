@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mobazoo.cli.output import progress, say, table
-from mobazoo.cli.work import DryRun, Outcome, Overrides, show_plan
+from mobazoo.cli.work import DryRun, Outcome, Overrides, recipe_or_model, show_plan, would_load
 from mobazoo.config.probe import ProbeRecipe
 from mobazoo.config.recipe import parse_recipe, to_yaml
-from mobazoo.config.shipped import RECIPES, Source, find, shipped
+from mobazoo.files import check_result_place
 from mobazoo.probe.tables import chosen_setting, grid_rows, layer_rows
 
 PLACE = ("3 Measure", 0)
@@ -38,21 +36,18 @@ def main(
 
 def resolve(model: str, overrides: Sequence[str]) -> ProbeRecipe:
     """A recipe by path or name, or one that says no more than the model."""
-    is_recipe = Path(model).is_file() or model.endswith(".yaml") or f"probe/{model}" in shipped(RECIPES)
-    if is_recipe or model in shipped(RECIPES):
-        source = find(model, RECIPES, "probe")
-    else:
-        source = Source(model, model, f"model: {json.dumps(model)}")
-    resolved = parse_recipe(source, overrides, ProbeRecipe)
+    resolved = parse_recipe(recipe_or_model(model, "probe"), overrides, ProbeRecipe)
     resolved.check()
+    check_result_place(resolved.dest)
     return resolved
 
 
 def plan(recipe: ProbeRecipe) -> list[str]:
-    """What would happen."""
+    """What would happen. A folder that is here is checked; the Hub is not asked, and the texts are not read."""
     texts = f"up to {recipe.documents} texts of {recipe.length} tokens from {recipe.data.path}"
     grid = ", ".join(f"{pattern.block_size} x {pattern.top_k}" for pattern in recipe.settings())
-    lines = [f"would read {texts}", f"would load {recipe.model}", f"would look at blocks x top_k of {grid}"]
+    load = would_load(recipe.model, [[]], recipe.device, recipe.dtype)
+    lines = [f"would read {texts}", load, f"would look at blocks x top_k of {grid}"]
     if recipe.suggest is not None:
         lines.append("would switch one layer at a time, and check the rules that come of it")
     return [*lines, f"would write {recipe.dest}"] if recipe.dest else lines
