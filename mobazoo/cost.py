@@ -87,9 +87,14 @@ class Rates:
         return None
 
 
+def calibration(pattern: MoBA) -> int:
+    """Tokens of the short runs: enough that the blocks do not cover them."""
+    return max(_CALIBRATION, 2 * pattern.block_size * pattern.top_k)
+
+
 def calibrate(pattern: MoBA, shape: Shape, rounds: int = 3) -> Rates:
     """Rates from short runs of a pattern and of full attention in turn on this machine."""
-    length = max(_CALIBRATION, 2 * pattern.block_size * pattern.top_k)
+    length = calibration(pattern)
     full, moba = measure([Full(), pattern], length, shape, rounds)
     return Rates(full / work(Full(), length), moba / work(pattern, length))
 

@@ -9,10 +9,10 @@ import torch
 from mobazoo.attention.pattern import Full, MoBA, Pattern
 from mobazoo.checkpoint.ready import usable
 from mobazoo.cli.describe import config_of, dtype_of
-from mobazoo.cli.output import count, size
+from mobazoo.cli.output import count, note, size
 from mobazoo.config.explain import ExplainRecipe
 from mobazoo.config.rules import LayerAttention, join_rules, parse_rules, resolve
-from mobazoo.cost import Rates, Shape, calibrate, flops, layer_patterns, measure, traffic
+from mobazoo.cost import Rates, Shape, calibrate, calibration, flops, layer_patterns, measure, traffic
 from mobazoo.explain import kv_bytes, share_read
 
 HEADER = ("what", "full", "MoBA", "full / MoBA")
@@ -65,7 +65,10 @@ def explain(recipe: ExplainRecipe) -> Explained:
     sparse = [pattern for pattern in patterns if isinstance(pattern, MoBA)]
     if not sparse:
         return Explained(rows, ["no layer has MoBA; add rules: attention='[{pattern: moba, ...}]'"], None)
-    rates: dict[Pattern, Rates] = {pattern: calibrate(pattern, shape, recipe.rounds) for pattern in sparse}
+    rates: dict[Pattern, Rates] = {}
+    for pattern in sparse:
+        note(f"timing attention of {calibration(pattern)} tokens, full and by blocks of {pattern.block_size} ...")
+        rates[pattern] = calibrate(pattern, shape, recipe.rounds)
     dense = sum(one.full for one in rates.values()) / len(rates)
     rates[Full()] = Rates(dense, dense)
     base = len(layers) * rates[Full()].seconds(Full(), length)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from mobazoo.cli.costs import Explained
 
 PLACE = ("1 Look", 4)
-EXAMPLES = """Example: mobazoo explain llama3.2-1b length=16384
+EXAMPLES = """Example: mobazoo explain llama3.2-1b length=16384 'attention=[{pattern: moba, block_size: 512, top_k: 3}]'
 
-Example: mobazoo explain ./Qwen3-0.6B 'attention=[{pattern: moba, block_size: 512, top_k: 3}]' measure=true"""
+Example: mobazoo explain ./Qwen3-0.6B-moba measure=true"""
 
 
 def main(
@@ -36,9 +36,8 @@ def main(
     """
     recipe = resolve(model, overrides or [])
     if dry_run:
-        show_plan(
-            recipe, [f"would read the configuration of {recipe.model} and time attention of a few thousand tokens"]
-        )
+        tokens = "4096 tokens, or of twice what its blocks cover where that is more"
+        show_plan(recipe, [f"would read the configuration of {recipe.model} and time attention of {tokens}"])
         return
     costs = import_module("mobazoo.cli.costs")
     found: Explained = costs.explain(recipe)
