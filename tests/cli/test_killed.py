@@ -100,3 +100,6 @@ def test_a_result_of_another_stage_is_not_taken(killed: Path) -> None:
     again = CliRunner().invoke(app, ["run", str(killed / "run.yaml")])
     assert again.exit_code == 2
     assert "moba: exists; pass overwrite=true to replace it, or choose another dest" in again.stderr
+    again = CliRunner().invoke(app, ["run", str(killed / "run.yaml"), "stages[0].with.overwrite=true"])
+    assert again.exit_code == 0, again.output
+    assert (killed / "out" / "moba" / MARK).read_text() not in ("another", "")

@@ -166,12 +166,12 @@ class Writer(ModuleType):
         return [f"would write {recipe['dest']}"]
 
     def execute(self, recipe: Any) -> Outcome:
-        dest = Path(json.loads(recipe["dest"]))
+        dest = Path(json.loads(recipe["dest"])).expanduser()
         if dest.exists():
             raise InputError(f"{dest}: exists")
         dest.write_text(recipe["number"])
         self.calls.append(recipe["number"])
-        return Outcome(f"wrote {dest.name}", [str(dest)])
+        return Outcome(f"wrote {dest.name}", [json.loads(recipe["dest"])])
 
 
 @pytest.fixture
@@ -214,6 +214,15 @@ def test_a_changed_stage_runs_again_and_so_does_what_follows(stages: Any) -> Non
     assert stages.run("stages[0].with.number=3", "stages[1].with.number=2").exit_code == 0
     assert stages.verb.calls[3:] == ["3", "2"]
     assert (stages.folder / "a").read_text() == "3"
+
+
+def test_a_folder_below_home(stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number in (1, 1, 2):
+        result = stages.run("folder=~/out", f"stages[1].with.number={number}")
+        assert result.exit_code == 0, result.output
+    assert stages.verb.calls == ["1", "1", "2"]
+    assert (stages.folder / ".stages" / "01-write.json").is_file()
 
 
 def test_a_stage_whose_output_has_gone_runs_again(stages: Any) -> None:
