@@ -124,6 +124,16 @@ def test_a_generation_config_that_cannot_be_streamed(
     assert message in " ".join(result.stderr.split())
 
 
+def test_a_generation_config_that_asks_for_more_than_tokens(tmp_path: Path) -> None:
+    stock("llama", "eager").save_pretrained(tmp_path)
+    words(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "return_dict_in_generate": True}))
+    result = call(tmp_path, "--prompt", "w7 w8", "max_new_tokens=4", "temperature=0")
+    assert result.exit_code == 0, result.output
+    assert "4 written" in result.stderr
+
+
 @pytest.mark.parametrize("family", ["llama"])
 def test_a_chat_template_makes_the_prompt(family: str, tmp_path: Path) -> None:
     stock(family, "eager").save_pretrained(tmp_path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mobazoo.config.eval import EvalRecipe
 from mobazoo.errors import InputError
@@ -106,19 +107,28 @@ def _cell(
     return {"score": asdict(estimate(torch.tensor(scores))), "loss": asdict(estimate(torch.tensor(losses)))}
 
 
+@contextmanager
+def _greedy(model: MobaForCausalLM) -> Iterator[None]:
+    """Without the checkpoint's generation settings but for its end tokens: a penalty on repeated tokens, which some
+    carry, is one on the answer, which stands in the prompt.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @torch.no_grad()
 def _replies(model: MobaForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:
     """What the model writes after each prompt; all prompts are equally long, so there is no padding."""
     ids = torch.tensor([question.prompt for question in questions], device=model.device)
     new = max(len(question.reply) for question in questions) + SPARE
-    greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    out: Tensor = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
-        pad_token_id=tokenizer.eos_token_id,
-        **greedy,
-    )
+    with _greedy(model):
+        out: Tensor = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=tokenizer.eos_token_id
+        )
     return [str(tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)) for row in out]
 
 

@@ -64,6 +64,18 @@ def test_replies_and_losses_are_those_of_transformers(long: Path, hay: Path) -> 
         assert reply == tokenizer.decode(want[0, 240:], skip_special_tokens=True)
 
 
+def test_a_reply_is_greedy_whatever_the_checkpoint_says_of_generation(long: Path, hay: Path) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(long), mobazoo.load(long)
+    stack = Haystack.read(Data(str(hay)), tokenizer, 240)
+    questions = [pose("needle", stack, 240, 0.5, TASK, Random(0), 0)]
+    want = recall._replies(model, tokenizer, questions)
+    said = {"repetition_penalty": 9.0, "num_beams": 3, "return_dict_in_generate": True, "do_sample": True}
+    for name, value in said.items():
+        setattr(model.generation_config, name, value)
+    assert recall._replies(model, tokenizer, questions) == want
+    assert model.generation_config.repetition_penalty == 9.0
+
+
 def test_settings_get_the_same_prompts(long: Path, hay: Path, tmp_path: Path) -> None:
     zoo = zoo_checkpoint(long, tmp_path / "zoo")
     settings: dict[str, Any] = {"full": FULL, "moba": [], "whole": [{"top_k": 40}]}
