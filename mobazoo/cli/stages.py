@@ -19,8 +19,9 @@ from mobazoo.config.run import RunRecipe, Step
 from mobazoo.errors import InputError, MobazooError
 from mobazoo.files import read_stamp, signed, stage_of, write_whole
 
-# Beside a result while it is made: by training, by what measures in parts, by folders that replace another.
-_LEFT = ("{}.training", ".{}.parts", ".{}.mobazoo-new", ".{}.mobazoo-old")
+# What stands beside a result while it is made, and goes when it is whole: of any verb, and of some.
+_LEFT = (".{}.mobazoo-new", ".{}.mobazoo-old")
+_LEFT_BY = {"train": ("{}.training",), "eval": (".{}.parts",), "bench": (".{}.parts",)}
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Planned:
         if self.stamp.exists():
             return
         for dest in _places(outcome.outputs):
-            for left in (dest.with_name(name.format(dest.name)) for name in _LEFT):
-                _remove(left)
+            for name in (*_LEFT, *_LEFT_BY.get(self.step.verb, ())):
+                _remove(dest.with_name(name.format(dest.name)))
         self._write_stamp(outcome, None)
 
     def run(self) -> tuple[Outcome, float]:

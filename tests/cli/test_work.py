@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mobazoo.cli import app
-from mobazoo.cli.stages import planned
+from mobazoo.cli.stages import Planned, planned
 from mobazoo.cli.work import Outcome
 from mobazoo.config.recipe import load_recipe
 from mobazoo.config.run import RunRecipe
@@ -223,6 +223,16 @@ def test_a_folder_below_home(stages: Any, tmp_path: Path, monkeypatch: pytest.Mo
         assert result.exit_code == 0, result.output
     assert stages.verb.calls == ["1", "1", "2"]
     assert (stages.folder / ".stages" / "01-write.json").is_file()
+
+
+def test_what_a_killed_run_left_beside_its_result_goes(stages: Any) -> None:
+    step = RunRecipe("x", [{"verb": "train", "recipe": "y"}]).steps()[0]
+    stamp = stages.folder / ".stages" / "01-train.json"
+    for name in ("a", "a.training", ".a.mobazoo-new", ".a.parts", "b.training"):
+        (stages.folder / name).mkdir()
+    Planned(step, stages.verb, {}, "digest", stamp).skip(Outcome("wrote a", [str(stages.folder / "a")]))
+    assert {path.name for path in stages.folder.iterdir()} == {".stages", "a", ".a.parts", "b.training"}
+    assert json.loads(stamp.read_text())["seconds"] is None
 
 
 def test_a_stage_whose_output_has_gone_runs_again(stages: Any) -> None:
