@@ -238,6 +238,15 @@ def test_a_run_with_one_result_has_a_page_too(tmp_path: Path) -> None:
     ]
 
 
+def test_a_stage_whose_time_nobody_knows(tmp_path: Path) -> None:
+    """Its run was killed between result and stamp."""
+    write_run(tmp_path)
+    stamp = tmp_path / ".stages" / "01-eval.json"
+    stamp.write_text(json.dumps({**json.loads(stamp.read_text()), "seconds": None}))
+    ((page,), _) = write_report(ReportRecipe(str(tmp_path), pictures=False))
+    assert "<td>unknown</td>" in re.sub(r"<td[^>]*>", "<td>", page.read_text())
+
+
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="nothing: no such folder; want that of a run, or one with JSON results"):
         collect(tmp_path / "nothing")
