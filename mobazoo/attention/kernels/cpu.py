@@ -25,6 +25,7 @@ from mobazoo.attention.kernels.cpu_own import (
     own_forward,
     own_tiles,
 )
+from mobazoo.attention.kernels.cpu_products import Products, products_pay
 from mobazoo.attention.kernels.cpu_reads import Reads, reads_all_before, reads_by_block
 from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.lanes import Piece, pieces, spread
@@ -142,7 +143,7 @@ def _backward(
 ) -> None:
     """A piece, as in ``_forward``; ``given`` is dout, q, out and lse, ``places`` take the gradients of q, k and v."""
     dout, q, out, lse = given
-    wide = lse.dtype
+    wide, first = lse.dtype, _first(layout)
     for j, g, tiles, reads in _work(q, k, layout):
         rowwise = [x[g].contiguous() for x in (dout, q, out)]
         keys, values, stats = k[j], v[j], lse[g].contiguous()
@@ -150,13 +151,23 @@ def _backward(
         in_place = [x.dtype == wide and x.is_contiguous() for x in here]
         sums = [x.zero_() if same else x.new_zeros(x.shape, dtype=wide) for x, same in zip(here, in_place, strict=True)]
         wide_keys, wide_values = keys.to(wide), values.to(wide)
+        products = None
+        if products_pay(q.dtype, stats.numel(), layout.block_size):
+            products = Products(*rowwise, stats, keys, values, sums, scale)
         for tile in tiles:
-            own_backward(tile, _first(layout), rowwise, wide_keys, wide_values, stats, sums, scale)
+            # One alone is the rest of a document: too many different sizes to compile products for.
+            if products is not None and tile.count > 1 and products_pay(q.dtype, tile.count * tile.q_len, tile.k_len):
+                products.own(tile, first)
+            else:
+                own_backward(tile, first, rowwise, wide_keys, wide_values, stats, sums, scale)
         flat = [x.flatten(0, 1) for x in (*rowwise, stats)]
         dq, dk, dv = (sums[0].flatten(0, 1), *sums[1:])
         for begin, count, k0 in reads.runs(TOKENS_PER_CALL):
             rows, block = reads.rows[begin : begin + count], slice(k0, k0 + layout.block_size)
-            _routed_backward(rows, flat, keys[block], values[block], (dq, dk[block], dv[block]), scale)
+            if products is not None and products_pay(q.dtype, count, layout.block_size):
+                products.routed(rows, block)
+            else:
+                _routed_backward(rows, flat, keys[block], values[block], (dq, dk[block], dv[block]), scale)
         for place, total, same in zip(here, sums, in_place, strict=True):
             if not same:
                 place.copy_(total)

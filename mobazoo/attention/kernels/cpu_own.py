@@ -71,8 +71,8 @@ def _diagonal(start: int, length: int, count: int) -> list[Tile]:
     return [*_diagonal(start, half, 2 * count), corner]
 
 
-def _pieces(x: Tensor, start: int, length: int, tile: Tile) -> Tensor:
-    """View of ``x`` [..., slots, D] as ``[..., count, length, D]``."""
+def pieces_of(x: Tensor, start: int, length: int, tile: Tile) -> Tensor:
+    """A tile's pieces: view of ``x`` [..., slots, D] as ``[..., count, length, D]``."""
     stop = start + tile.stride * (tile.count - 1) + length
     return x[..., start:stop, :].unfold(-2, length, max(tile.stride, 1)).mT
 
@@ -83,11 +83,11 @@ def own_forward(
     """One tile of one key head: the diagonal is written to ``out [G, T, D]`` and ``lse [G, T]``, the rest merged."""
     group, _, dim = q.shape
     offset = tile.q_start - q_start
-    queries = _pieces(q, offset, tile.q_len, tile).transpose(0, 1)  # [count, G, q_len, D]
-    keys = _pieces(k, tile.k_start, tile.k_len, tile)[:, None]  # [count, 1, k_len, D]
-    values = _pieces(v, tile.k_start, tile.k_len, tile)[:, None]
-    merged = _pieces(out, offset, tile.q_len, tile)  # [G, count, q_len, D]
-    stats = _pieces(lse[..., None], offset, tile.q_len, tile)[..., 0]
+    queries = pieces_of(q, offset, tile.q_len, tile).transpose(0, 1)  # [count, G, q_len, D]
+    keys = pieces_of(k, tile.k_start, tile.k_len, tile)[:, None]  # [count, 1, k_len, D]
+    values = pieces_of(v, tile.k_start, tile.k_len, tile)[:, None]
+    merged = pieces_of(out, offset, tile.q_len, tile)  # [G, count, q_len, D]
+    stats = pieces_of(lse[..., None], offset, tile.q_len, tile)[..., 0]
     if tile.causal:
         own, own_lse = forward_kernel(
             queries, keys.expand(-1, group, -1, -1), values.expand(-1, group, -1, -1), 0.0, True, scale=scale
@@ -120,18 +120,18 @@ def own_backward(
     offset = tile.q_start - q_start
     # In float32 whatever the dtype: on short pieces the kernel is slower in a narrow one, and its sums are rounded.
     dout, q, out = (
-        _pieces(x, offset, tile.q_len, tile)
+        pieces_of(x, offset, tile.q_len, tile)
         .transpose(0, 1)
         .to(k.dtype, memory_format=torch.contiguous_format)
         .contiguous()
         for x in rowwise
     )
     group = q.shape[1]
-    keys = _pieces(k, tile.k_start, tile.k_len, tile)[:, None].expand(-1, group, -1, -1)  # [count, G, k_len, D]
-    values = _pieces(v, tile.k_start, tile.k_len, tile)[:, None].expand(-1, group, -1, -1)
-    stats = _pieces(lse[..., None], offset, tile.q_len, tile)[..., 0].transpose(0, 1).contiguous()
+    keys = pieces_of(k, tile.k_start, tile.k_len, tile)[:, None].expand(-1, group, -1, -1)  # [count, G, k_len, D]
+    values = pieces_of(v, tile.k_start, tile.k_len, tile)[:, None].expand(-1, group, -1, -1)
+    stats = pieces_of(lse[..., None], offset, tile.q_len, tile)[..., 0].transpose(0, 1).contiguous()
     dq, dk, dv = backward_kernel(dout, q, keys, values, out, stats, 0.0, tile.causal, scale=scale)
     dq_wide, dk_wide, dv_wide = grads
-    _pieces(dq_wide, offset, tile.q_len, tile).add_(dq.transpose(0, 1))
-    _pieces(dk_wide, tile.k_start, tile.k_len, tile).add_(dk.sum(1, dtype=dk_wide.dtype))
-    _pieces(dv_wide, tile.k_start, tile.k_len, tile).add_(dv.sum(1, dtype=dv_wide.dtype))
+    pieces_of(dq_wide, offset, tile.q_len, tile).add_(dq.transpose(0, 1))
+    pieces_of(dk_wide, tile.k_start, tile.k_len, tile).add_(dk.sum(1, dtype=dk_wide.dtype))
+    pieces_of(dv_wide, tile.k_start, tile.k_len, tile).add_(dv.sum(1, dtype=dv_wide.dtype))
