@@ -106,10 +106,12 @@ def pretend_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return chunks(Elsewhere(first), Elsewhere(stop), *rest)  # type: ignore[arg-type]
 
     def hide_elsewhere(keys: Any, first: Tensor, stop: Tensor, n0: int, n1: int) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "arange", lambda *a, device=None: arange(*a))
-            hide(Elsewhere(keys), first, stop, n0, n1)  # type: ignore[arg-type]
+        hide(Elsewhere(keys), first, stop, n0, n1)  # type: ignore[arg-type]
 
+    def arange_here(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        return arange(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "arange", arange_here)  # for all threads: the gate may use several
     monkeypatch.setattr(routing, "_chunks", chunks_elsewhere)
     monkeypatch.setattr(routing, "_hide", hide_elsewhere)
 

@@ -153,7 +153,7 @@ def _backward(
         wide_keys, wide_values = keys.to(wide), values.to(wide)
         products = None
         if products_pay(q.dtype, stats.numel(), layout.block_size):
-            products = Products(*rowwise, stats, keys, values, sums, scale)
+            products = Products(rowwise, stats, keys, values, sums, scale)
         for tile in tiles:
             # One alone is the rest of a document: too many different sizes to compile products for.
             if products is not None and tile.count > 1 and products_pay(q.dtype, tile.count * tile.q_len, tile.k_len):

@@ -1,12 +1,13 @@
 """Gradients in bfloat16 on a CPU by matrix products, for blocks of few keys.
 
 With few keys a call, the flash kernel's backward is no faster in bfloat16 than in float32. Plain products are, on
-processors that multiply bfloat16. Scores are float32, because their rounding would be one of an exponent; the other four
-products are sums in float32 of bfloat16 operands, rounded to bfloat16.
+processors that multiply bfloat16. Scores are float32, because theirs would be the rounding of an exponent. The other
+four products sum in float32 what is bfloat16, and are rounded to it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import e, log2
 
 import torch
@@ -32,7 +33,7 @@ class Products:
     """One key head's gradients, from the merged output and log-sum-exp.
 
     Args:
-        dout, q, out: ``[G, T, D]``, bfloat16, contiguous.
+        rowwise: dout, q and out, each ``[G, T, D]``, bfloat16, contiguous.
         lse: ``[G, T]``, float32.
         k, v: ``[S, D]``, bfloat16.
         sums: what the gradients of ``q``, ``k`` and ``v`` are added to, float32, contiguous.
@@ -40,16 +41,9 @@ class Products:
     """
 
     def __init__(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sums: list[Tensor],
-        scale: float,
+        self, rowwise: list[Tensor], lse: Tensor, k: Tensor, v: Tensor, sums: list[Tensor], scale: float
     ) -> None:
+        dout, q, out = rowwise
         self.sums, self.scale = sums, scale
         # (dout, delta) . (v, -1): a weight's gradient less its row's mean, which would cancel digits if rounded before.
         delta = (dout.float() * out).sum(-1, keepdim=True)
@@ -61,7 +55,14 @@ class Products:
 
     def own(self, tile: Tile, q_start: int) -> None:
         """Adds one tile of own-block work."""
-        at, group = tile.q_start - q_start, self.queries[0].shape[0]
+        step = max(1, _SCORES // (self.queries[0].shape[0] * tile.q_len * tile.k_len))
+        for done in range(0, tile.count, step):
+            on, count = done * tile.stride, min(step, tile.count - done)
+            few = replace(tile, q_start=tile.q_start + on, k_start=tile.k_start + on, count=count)
+            self._own(few, few.q_start - q_start)
+
+    def _own(self, tile: Tile, at: int) -> None:
+        group = self.queries[0].shape[0]
         q, dout, lse = (pieces_of(x, at, tile.q_len, tile).flatten(0, 1) for x in self.queries)
         if tile.causal:
             lse = lse + torch.full((tile.q_len, tile.k_len), torch.inf).triu(1)

@@ -1,0 +1,63 @@
+"""Gradients by matrix products: bfloat16 on a CPU, calls of many queries and few keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mobazoo.attention.kernels import cpu, cpu_products
+from mobazoo.attention.kernels.cpu_products import Products, products_pay
+from tests.attention.parity.cases import SPARSE
+from tests.factories import Case, inputs, oracle, random_routes, run, spy
+from tests.tolerance import check
+
+# Runs of equal blocks, tails of them, documents of one block, padding; two calls for the readers of one block.
+LONG = Case(((700, 65, -3, 200), (-10, 958)), 32, 4, 4, 2, 64)
+CASES = {"long": LONG} | {name: SPARSE[name] for name in ("b1k2", "b7k3", "b64k3", "middle", "whole")}
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call is too small, on any processor."""
+    monkeypatch.setattr(cpu_products, "_LEAST_QUERIES", 1)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    monkeypatch.setattr(cpu_products, "_SCORES", 64 * 64)  # several calls a block
+    own, routed = (spy(monkeypatch, Products, name, lambda *_: 1) for name in ("own", "routed"))
+    data, (routes, chosen) = inputs(case, torch.bfloat16), random_routes(case)
+    reference = run(case, data, "reference", routes=routes, grad=True)
+    check(run(case, data, "flash", routes=routes, grad=True), oracle(case, data, chosen), reference, "products")
+    assert routed
+    assert own or case.block_size == 1 or case.queries
+
+
+@pytest.mark.usefixtures("always")
+def test_a_common_part_of_the_values_costs_no_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all values share has no gradient; products must take it away before they round."""
+    data, (routes, chosen) = inputs(LONG, torch.bfloat16), random_routes(LONG)
+    data.v.detach().add_(16.0)
+    truth = oracle(LONG, data, chosen).gradients[0]
+
+    def error() -> float:
+        (dq, *_) = run(LONG, data, "flash", routes=routes, grad=True).gradients
+        return float((dq.double() - truth).norm() / truth.norm())
+
+    ours = error()
+    monkeypatch.setattr(cpu, "products_pay", lambda *_: False)
+    assert ours <= 1.25 * error()
+
+
+def test_only_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert products_pay(torch.bfloat16, queries=256, keys=512)
+    assert not products_pay(torch.float32, queries=256, keys=512)
+    assert not products_pay(torch.float16, queries=256, keys=512)
+    assert not products_pay(torch.bfloat16, queries=255, keys=512)
+    assert not products_pay(torch.bfloat16, queries=256, keys=513)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not products_pay(torch.bfloat16, queries=256, keys=512)
