@@ -32,6 +32,7 @@ CASES = {
     "head dim 96": replace(PACKED, dim=96),
     "head dim 20": replace(PACKED, dim=20),
     "groups of 3": replace(PACKED, hq=3, hkv=1),
+    "groups of 8, a row of padding": Case(((40,), (-40,)), 16, 3, 8, 1, 32),
     "decode": replace(PACKED, hq=8, queries=1),
     "chunk": replace(PACKED, queries=23, first=40),
     "more keys than queries": Case(((-9, 70, -11),), 16, 3, 2, 2, 64, queries=12, first=3),

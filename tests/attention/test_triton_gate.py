@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mobazoo.attention import MoBA, Segments, attend, centroids, gates, routing, triton_runs
+from mobazoo.attention import Full, MoBA, Segments, attend, centroids, gates, routing, triton_runs
 from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.blocks import centroids_by
 from mobazoo.attention.kernels.triton_gate import ordered
@@ -172,12 +172,13 @@ def test_operators_are_what_they_say() -> None:
 def test_only_the_triton_backend_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unmeasured kernel is nobody's silent default; beyond what it can, the backend keeps torch's gate."""
     case = replace(PACKED, rows=((40,),))
-    assert {b: gates.gate_of(b, case.problem()) for b in BACKENDS} == {
-        b: "triton" if b == "triton" else "torch" for b in BACKENDS
+    q = inputs(case).q
+    assert {b: gates.gate_of(b, q, case.pattern) for b in ("auto", *BACKENDS)} == {
+        b: "triton" if b == "triton" else "torch" for b in ("auto", *BACKENDS)
     }
-    assert gates.gate_of("triton", replace(case, top_k=triton_runs.MOST_READS + 2).problem()) == "torch"
-    assert gates.gate_of("triton", case.problem(torch.float64)) == "torch"
-    assert gates.gate_of("triton", case.full.problem()) == "torch"
+    assert gates.gate_of("triton", q, MoBA(8, triton_runs.MOST_READS + 2)) == "torch"
+    assert gates.gate_of("triton", q.double(), case.pattern) == "torch"
+    assert gates.gate_of("triton", q, Full()) == "torch"
     if not torch.cuda.is_available():
         kinds: list[str] = []
         monkeypatch.setattr("mobazoo.attention.api.route_by", lambda *a: kinds.append(a[0]) or route_by(*a))
