@@ -114,13 +114,13 @@ def cut(pairs: int, queries: int, per_token: int, block_size: int) -> tuple[int,
         block_size: tokens in a block.
     """
     budget = SLAB_BYTES // 2 if block_size >= _LARGE_BLOCK else SLAB_BYTES
-    most = max(1, min(pairs, budget // max(1, per_token * queries)))
-    parts = max(1, min(queries, -(-per_token * queries // budget)))
-    return _evenly(pairs, -(-pairs // most)), _evenly(queries, parts)
+    per_token = max(1, per_token)
+    return _evenly(pairs, budget // (per_token * queries)), _evenly(queries, budget // per_token)
 
 
-def _evenly(whole: int, parts: int) -> int:
-    return -(-whole // max(1, parts))
+def _evenly(number: int, most: int) -> int:
+    """The size of as few parts as ``most`` allows, all about the same."""
+    return -(-number // -(-number // max(1, most)))
 
 
 def token_bytes(group: int, width: int, row_bytes: int) -> int:

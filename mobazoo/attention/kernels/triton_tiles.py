@@ -30,18 +30,20 @@ MEASURED: dict[tuple[str, str, int, int], Tiles] = {}
 # Capabilities whose programs have the same shared memory and tensor cores as another's.
 _LIKE = {"8.9": "8.6"}
 
+_Table = dict[int, tuple[tuple[int, Tiles], ...]]
+
 # By bytes of a number, then by head dim up to which they hold. All fit the 99 KiB of shared memory that a program may
 # have on compute capability 8.6, and few registers are spilled or none. float32 multiplies without tensor cores, where
 # every operand is in a register: its tiles are smaller.
-_ATTENTION = {
+_ATTENTION: _Table = {
     2: ((64, Tiles(128, 64, 8)), (128, Tiles(64, 64, 8)), (256, Tiles(64, 16, 8))),
     4: ((64, Tiles(64, 16, 8)), (128, Tiles(32, 16, 8)), (256, Tiles(32, 16, 8, 1))),
 }
-_GATE = {
+_GATE: _Table = {
     2: ((128, Tiles(64, 64, 4)), (256, Tiles(32, 32, 4))),
     4: ((32, Tiles(64, 64, 4)), (64, Tiles(64, 32, 8)), (128, Tiles(32, 32, 4)), (256, Tiles(32, 16, 4))),
 }
-DEFAULT = {"forward": _ATTENTION, "backward": _ATTENTION, "keys": _ATTENTION, "gate": _GATE}
+DEFAULT: dict[str, _Table] = {"forward": _ATTENTION, "backward": _ATTENTION, "keys": _ATTENTION, "gate": _GATE}
 
 # Bytes of shared memory that a program may have, by compute capability; unknown ones get the least.
 SHARED = {"8.0": 163 << 10, "8.6": 99 << 10, "8.9": 99 << 10, "9.0": 227 << 10}
