@@ -90,7 +90,7 @@ def tiles(shape: Shape, tensors: list[Tensor], kind: str) -> str:
     dense = sum(int(n.sum()) for n in (all_of_it.kv_num_blocks, all_of_it.full_kv_num_blocks) if n is not None)
     dense *= ours.kv_num_blocks[..., 0].numel() // all_of_it.kv_num_blocks[..., 0].numel()
     read = some + whole
-    return f"{kind} queries: flex reads {read / dense:.0%} of the causal tiles, {whole / max(1, read):.0%} of them marked full"
+    return f"{kind} queries: flex reads {read / dense:.0%} of the causal tiles, {whole / read:.0%} of them marked full"
 
 
 def tuned(shape: Shape, device: str, rows: Rows) -> list[str]:

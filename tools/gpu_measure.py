@@ -6,12 +6,13 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-_ROUNDS = {"cuda": 7, "cpu": 2}
-_LONG_ENOUGH = 0.02  # seconds of one sample; shorter calls are repeated in it
+_ROUNDS = {"cuda": 7, "cpu": 1}
+_LONG_ENOUGH = {"cuda": 0.02, "cpu": 0.0}  # seconds of one sample; shorter calls are repeated in it
 _MOST_REPEATS = 50
 
 Rows = dict[str, dict[str, Any]]
@@ -22,7 +23,7 @@ class Candidate:
     """Somebody who computes something: ``kind`` says what it is compared with, ``check`` gives errors, at most 1."""
 
     kind: str
-    work: Callable[[], None]
+    work: Callable[[], Any]
     check: Callable[[], dict[str, float]] | None = None
 
 
@@ -36,7 +37,7 @@ def measure(candidates: dict[str, Candidate], device: str, seconds: float) -> It
     """
     rows: Rows = {name: {"kind": one.kind, "seconds": []} for name, one in candidates.items()}
     for name, one in candidates.items():
-        first = attempt(rows[name], lambda one=one: once(one.work, device))
+        first = attempt(rows[name], partial(once, one.work, device))
         if first is not None:
             rows[name]["first_seconds"] = first[0]
     yield rows
@@ -49,12 +50,12 @@ def measure(candidates: dict[str, Candidate], device: str, seconds: float) -> It
             row = rows[name]
             if "cannot" in row:
                 continue
-            sample = attempt(row, lambda one=one, n=repeats[name]: once(one.work, device, n))
+            sample = attempt(row, partial(once, one.work, device, repeats[name]))
             if sample is None:
                 continue
             took, row["bytes"] = sample
             if number == 0:  # the first sample says how long a call is
-                repeats[name] = max(1, min(_MOST_REPEATS, int(_LONG_ENOUGH / took)))
+                repeats[name] = max(1, min(_MOST_REPEATS, int(_LONG_ENOUGH[device] / took)))
             if number or repeats[name] == 1:
                 row["seconds"].append(took)
     for row in rows.values():
@@ -82,7 +83,7 @@ def attempt(row: dict[str, Any], what: Callable[[], Any]) -> Any:
     return None
 
 
-def once(work: Callable[[], None], device: str, repeats: int = 1) -> tuple[float, int]:
+def once(work: Callable[[], Any], device: str, repeats: int = 1) -> tuple[float, int]:
     """Seconds of a call, on average of ``repeats``, and the most bytes it held beside its inputs."""
     gpu = device == "cuda"
     if gpu:

@@ -51,7 +51,9 @@ def targets(sections: Sections) -> list[str]:
     for name in ("64k", "512k"):
         rows = sections.get(name, {}).get("rows", {})
         ours, theirs = (rows.get(who, {}).get("bytes") for who in (TRITON, ATEN))
-        lines.append(_line(f"{name}: memory of FlashAttention-2's", _MEMORY, ours / theirs if ours and theirs else None))
+        lines.append(
+            _line(f"{name}: memory of FlashAttention-2's", _MEMORY, ours / theirs if ours and theirs else None)
+        )
     cases = sections.get("auto", {}).get("cases", [])
     far = [ratio for case in cases if case["windows"] > 4 and (ratio := _against_full(case))]
     exact = [ratio for case in cases if case["windows"] <= 1 and (ratio := _against_full(case))]
@@ -60,9 +62,7 @@ def targets(sections: Sections) -> list[str]:
     return lines
 
 
-def _line(
-    what: str, wanted: float, got: float | None, *, at_least: bool = False, rest: list[str] | None = None
-) -> str:
+def _line(what: str, wanted: float, got: float | None, *, at_least: bool = False, rest: list[str] | None = None) -> str:
     met = "not measured" if got is None else "met" if (got >= wanted if at_least else got <= wanted) else "missed"
     bound = f"at {'least' if at_least else 'most'} {wanted:g}"
     figure = "" if got is None else f"{got:.2f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 
 from mobazoo.attention.kernels import triton_backward, triton_forward, triton_gate, triton_launch
+from mobazoo.attention.kernels.triton_slabs import lists
 from tools.gpu_count import Peak, parts
 from tools.gpu_shapes import Shape
 
@@ -51,7 +52,7 @@ class Clock:
         """By name."""
         if self._gpu:
             torch.cuda.synchronize()
-        found: Counter[str] = Counter()
+        found: dict[str, float] = defaultdict(float)
         for name, begin, end in self._spans:
             found[name] += begin.elapsed_time(end) / 1e3 if self._gpu else end - begin
         return dict(found)
@@ -79,11 +80,11 @@ def _watched(clock: Clock) -> Iterator[None]:
     with ExitStack() as stack:
         for (module, kernel), name in _KERNELS.items():
             stack.enter_context(patch.object(module, kernel, _Launches(getattr(module, kernel), name, clock)))
-        stack.enter_context(patch.object(triton_launch, "lists", clock.around(_LISTS, triton_launch.lists)))
+        stack.enter_context(patch.object(triton_launch, "lists", clock.around(_LISTS, lists)))
         yield
 
 
-def seconds_by_part(work: Callable[[], None], device: str) -> dict[str, float]:
+def seconds_by_part(work: Callable[[], Any], device: str) -> dict[str, float]:
     """Of one call of ``work``, which has run before; ``all`` is the whole call, and what no part took is the rest."""
     clock = Clock(device)
     with _watched(clock):
@@ -93,7 +94,7 @@ def seconds_by_part(work: Callable[[], None], device: str) -> dict[str, float]:
 
 def floors(shape: Shape, peak: Peak) -> dict[str, float]:
     """The least seconds of each part, lists of both ways together, and of ``all``."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for part in parts(shape):
         found[part.name.removesuffix(" again")] += part.seconds(peak)
     return {**found, "all": sum(found.values())}

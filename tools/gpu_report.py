@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,11 @@ def slug(name: str) -> str:
 
 def about(device: str) -> dict[str, str]:
     """What the figures depend on."""
+    known = {**machine(), "triton": import_module("triton").__version__}
     if device == "cpu":
-        return {**machine(), "gpu": "none: a dry run"}
+        return {**known, "gpu": "none: a dry run"}
     memory = torch.cuda.get_device_properties(0).total_memory >> 30
-    return {**machine(), "gpu": f"{torch.cuda.get_device_name()}, {memory} GiB", "cuda": str(torch.version.cuda)}
+    return {**known, "gpu": f"{torch.cuda.get_device_name()}, {memory} GiB", "cuda": str(torch.version.cuda)}
 
 
 def tests(*, dry: bool) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def shapes(name: str, device: str) -> Iterator[dict[str, Any]]:
         candidates[who] = Candidate("blocks", way(without_routes(routed)), partial(verify, shape, tensors, routed))
     candidates |= {who: Candidate("peer", way(run)) for who, run in peers(shape).items()}
     for by in (TORCH, TRITON):
-        alone = partial(gate, *tensors[:2], shape.pattern, by)
+        alone = partial(gate, tensors[0], tensors[1], shape.pattern, by)
         candidates[f"the gate by {by}"] = Candidate("gate", alone, partial(verify_gate, shape, tensors, by))
     sheet = next((known for known in PEAKS if device == "cuda" and known in torch.cuda.get_device_name()), "H200")
     known = {
@@ -173,11 +175,10 @@ def shapes(name: str, device: str) -> Iterator[dict[str, Any]]:
 
 def spoken(shape: str, counted: dict[str, float]) -> str:
     """A shape and what it costs by count."""
-    return (
-        f"{shape}. Forward by blocks: {counted['reads'] / 1e6:.1f} million reads, {counted['read_bytes'] / 1e9:.0f} GB, "
-        f"{counted['operations'] / 1e12:.1f} TFLOP; gate {counted['gate_operations'] / 1e12:.1f} TFLOP; "
-        f"full attention {counted['full_operations'] / 1e12:.0f} TFLOP."
-    )
+    ours = f"{counted['operations'] / 1e12:.1f} TFLOP; gate {counted['gate_operations'] / 1e12:.1f} TFLOP"
+    reads = f"{counted['reads'] / 1e6:.1f} million reads, {counted['read_bytes'] / 1e9:.0f} GB"
+    theirs = f"{counted['full_operations'] / 1e12:.0f} TFLOP"
+    return f"{shape}. Forward by blocks: {reads}, {ours}; full attention {theirs}."
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who computes the shapes of the GPU report: full attention, ours by blocks, public peers, and figures they published."""
+"""Who computes the GPU report's shapes: full attention, ours by blocks, public peers; what peers published."""
 
 from __future__ import annotations
 
