@@ -141,8 +141,11 @@ def about(device: str) -> dict[str, str]:
 
 def tests(*, dry: bool) -> dict[str, Any]:
     """The tests that `make test-gpu` runs; a dry run only collects them."""
-    arguments = ["-m", "pytest", "-o", "addopts=", "-m", "gpu", *(["--collect-only", "-q"] if dry else [])]
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    arguments = ["-o", "addopts=", "-m", "gpu", "--continue-on-collection-errors"]
+    arguments += ["--collect-only", "-q"] if dry else []
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     last = (done.stdout.strip() or done.stderr.strip() or "nothing said").splitlines()
     failed = [f"- {line}" for line in last if line.startswith(("FAILED", "ERROR"))]
     return {"right": done.returncode == 0, "said": last[-1].strip("= "), "lines": failed}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import util
 
@@ -194,16 +194,8 @@ def test_never_waits(pattern: Pattern, request: pytest.FixtureRequest) -> None:
     attend(q[:, :, :5], k, v, pattern=pattern, segments=segments, backend="triton", q_start=start)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_decoding_in_a_cuda_graph() -> None:
-    q = torch.randn(3, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
-    k, v = torch.randn(2, 3, 2, 1001, 64, device="cuda", dtype=torch.bfloat16)
-    start = torch.tensor(500, device="cuda")
-
-    def step() -> Tensor:
-        return attend(q, k, v, pattern=MoBA(64, 3), backend="triton", q_start=start)
-
+def captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A graph of ``step``, which has run before on a stream of its own, and its results."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -211,8 +203,60 @@ def test_decoding_in_a_cuda_graph() -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = step()
+        results = step()
+    return graph, results
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_decoding_in_a_cuda_graph() -> None:
+    q = torch.randn(3, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 3, 2, 1001, 64, device="cuda", dtype=torch.bfloat16)
+    start = torch.tensor(500, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        return (attend(q, k, v, pattern=MoBA(64, 3), backend="triton", q_start=start),)
+
+    graph, (out,) = captured(step)
     for slot in (500, 777):
         start.fill_(slot)
         graph.replay()
-        assert torch.equal(out, step())
+        assert torch.equal(out, *step())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("pattern", [Full(), MoBA(64, 3)], ids=str)
+def test_training_in_a_cuda_graph(pattern: Pattern) -> None:
+    """Gate, forward and backward, on packed rows; then with other numbers in the same places."""
+    segments = Segments.from_lengths([[700, 1, 300], [900]], length=1001, device="cuda")
+    shapes = ((2, 8, 1001, 64), (2, 2, 1001, 64), (2, 2, 1001, 64))
+    q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+    dout = torch.randn_like(q)
+
+    def step() -> tuple[Tensor, ...]:
+        out = attend(q, k, v, pattern=pattern, segments=segments, backend="triton")
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    graph, results = captured(step)
+    for _ in range(2):
+        with torch.no_grad():
+            for x in (q, k, v):
+                x.normal_()
+        graph.replay()
+        for got, want in zip(results, step(), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("pattern", [Full(), MoBA(64, 3)], ids=str)
+def test_compiles_whole_to_code(pattern: Pattern) -> None:
+    q, k, v = (torch.randn(2, heads, 500, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
+
+    def step() -> Tensor:
+        return attend(q, k, v, pattern=pattern, backend="triton").square().sum()
+
+    results = [torch.autograd.grad(call(), (q, k, v)) for call in (step, torch.compile(step, fullgraph=True))]
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)

@@ -87,9 +87,9 @@ def test_targets_are_a_table(page: str) -> None:
     assert state[0] == "64k: times FlashAttention-2: missed"
     assert state[1] == "512k: times FlashAttention-2: not measured"
     assert state[2] == "1m: times FlashAttention-2: missed"
-    assert state[3:5] == [f"{name}: memory of FlashAttention-2's: not measured" for name in ("64k", "512k")]
-    assert state[5] == "`auto`: time of full attention's beyond 4 windows: missed"
-    assert state[6].startswith("`auto`: time of full attention's where exact: m")
+    assert state[3:6] == [f"{name}: memory of FlashAttention-2's: not measured" for name in ("64k", "512k", "1m")]
+    assert state[6] == "`auto`: time of full attention's beyond 4 windows: missed"
+    assert state[7].startswith("`auto`: time of full attention's where exact: m")
 
 
 @interpreted
