@@ -79,8 +79,7 @@ def gate(case: Case, data: Inputs, start: Tensor) -> Routes | None:
     return route_by("triton", data.q, known, case.pattern, segments, start)
 
 
-@pytest.mark.parametrize("few", [False, True], ids=["one slab", "slabs"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "few"), [("packed", True), ("full", False), ("chunk", False)])
 def test_nothing_waits(name: str, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The schedules themselves: inside an opaque operator the watch would not see."""
     if few:

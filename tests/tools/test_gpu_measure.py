@@ -143,7 +143,7 @@ def test_options_of_flex_reach_it_and_a_row_is_printed(monkeypatch: pytest.Monke
     monkeypatch.setattr(flex, "_capability", lambda: "9.0")
 
     class Query:
-        device, shape = torch.device("cuda"), (1, 2, 64, gpu_flex.SHAPE.dim)
+        device, shape = torch.device("cuda"), (1, 2, 128, gpu_flex.SHAPE.dim)
 
         @staticmethod
         def element_size() -> int:

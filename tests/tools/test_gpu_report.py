@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools import gpu_report
+from tools import gpu_report, gpu_tiles
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("64k", "1m", "auto", "flex", "tiles")
@@ -110,6 +110,18 @@ def test_auto_flex_and_tiles(sections: dict[str, Any]) -> None:
     assert sections["tiles"]["lines"][-1] in ("The default stays.", "```")
 
 
+@interpreted
+def test_a_default_that_fails_is_a_line_of_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def works(*_: object) -> dict[str, Any]:
+        return {"forward": lambda: [torch.ones(2)]}
+
+    monkeypatch.setattr(gpu_tiles, "works", works)
+    *_, found = gpu_tiles.tune("cpu", 1.0)
+    assert not found["right"]
+    assert "Failed: keys, head dim 16: KeyError: 'keys'." in found["lines"]
+    assert found["lines"][2].startswith("| forward | 16 | 2 |")
+
+
 def broken(_: str, device: str) -> Iterator[dict[str, Any]]:
     yield {"right": True, "said": f"on {device}"}
     raise torch.OutOfMemoryError("CUDA out of memory.\nTried much")
@@ -136,7 +148,7 @@ def slow(*_: Any, timeout: float, **__: Any) -> Any:
     ("end", "says"),
     [
         (lambda *_, **__: subprocess.CompletedProcess("x", -11), "The section ended with code -11."),
-        (slow, "The section took more than 600 s and was ended."),
+        (slow, "The section took more than 570 s and was ended."),
     ],
     ids=["crash", "time"],
 )

@@ -27,6 +27,9 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # measured to be better than its own; `tools/gpu_report.sh --section flex` prints rows. No GPU has been measured yet.
 TUNED: dict[tuple[str, int, int], dict[str, int]] = {}
 
+# Fewer queries are computed by another kernel, with tiles of its own.
+_MANY = 128
+
 # Triton multiplies tiles of at least 16; wider heads than 256 have no tuned configuration.
 _CUDA_HEAD_DIMS = range(16, 257)
 
@@ -114,7 +117,9 @@ def _options(q: Tensor) -> dict[str, int] | None:
         # A partition smaller than a tile keeps the CPU from its decoding kernel, which returns uninitialised memory for
         # queries that read nothing.
         return {"PARTITION_SIZE": 1}
-    return TUNED.get((_capability(), q.shape[3], q.element_size())) if TUNED else None
+    if not TUNED or q.shape[2] < _MANY:
+        return None
+    return TUNED.get((_capability(), q.shape[3], q.element_size()))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
