@@ -44,7 +44,7 @@ def targets(sections: Sections) -> list[str]:
         found = sections.get(name, {})
         ours, theirs = (seconds(found.get("rows", {}), who) for who in (TRITON, ATEN))
         times = theirs / ours if ours and theirs else None
-        floor = found["floor"]["all"] if "floor" in found else None
+        floor = found["floor"]["all"]["seconds"] if "floor" in found else None
         costs = [f"{1e3 * floor:.1f}" if floor else "", f"{1e3 * ours:.1f}" if ours else ""]
         share = f"{floor / ours:.0%}" if floor and ours else ""
         lines.append(_line(f"{name}: times FlashAttention-2", wanted, times, at_least=True, rest=[*costs, share]))
@@ -119,15 +119,18 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def where(found: dict[str, Any]) -> list[str]:
-    """What each pass of the Triton backend took, beside the least it can take."""
+    """What each pass of the Triton backend took, beside what it does and the least it can take."""
     floor, took = found["floor"], found.get("parts", {})
     lines = ["", f"Passes of `triton`, floors by the data sheet of an {found['peak']}:", ""]
-    lines += ["| pass | floor ms | ms | share of floor |", "| --- | --- | --- | --- |"]
-    rest = took.get("all", 0.0) - sum(value for name, value in took.items() if name != "all")
-    for name, least in {**floor, "what no pass took": 0.0}.items():
-        ms = rest if name == "what no pass took" else took.get(name)
-        share = f"{least / ms:.0%}" if ms and least else ""
-        lines.append(f"| {name} | {1e3 * least:.2f} | {'' if ms is None else f'{1e3 * ms:.2f}'} | {share} |")
+    lines += ["| pass | tensor TFLOP | GB | floor ms | ms | share of floor |", "| --- " * 6 + "|"]
+    for name, least in floor.items():
+        counted = f"{least['operations'] / 1e12:.2f} | {least['bytes'] / 1e9:.1f} | {1e3 * least['seconds']:.2f}"
+        ms = took.get(name)
+        measured = f"{1e3 * ms:.2f} | {least['seconds'] / ms:.0%}" if ms else " | "
+        lines.append(f"| {name} | {counted} | {measured} |")
+    if "all" in took:
+        rest = 2 * took["all"] - sum(took.values())
+        lines.append(f"| what no pass took | | | | {1e3 * rest:.2f} | |")
     return lines
 
 

@@ -92,9 +92,13 @@ def seconds_by_part(work: Callable[[], Any], device: str) -> dict[str, float]:
     return clock.seconds()
 
 
-def floors(shape: Shape, peak: Peak) -> dict[str, float]:
-    """The least seconds of each part, lists of both ways together, and of ``all``."""
-    found: dict[str, float] = defaultdict(float)
+def floors(shape: Shape, peak: Peak) -> dict[str, dict[str, float]]:
+    """Tensor operations, bytes and the least seconds of each part, lists of both ways together, and of ``all``."""
+    found: dict[str, dict[str, float]] = {}
+    whole = dict.fromkeys(("operations", "bytes", "seconds"), 0.0)
     for part in parts(shape):
-        found[part.name.removesuffix(" again")] += part.seconds(peak)
-    return {**found, "all": sum(found.values())}
+        counted = {"operations": part.tensor, "bytes": part.bytes, "seconds": part.seconds(peak)}
+        for total in (found.setdefault(part.name.removesuffix(" again"), dict.fromkeys(whole, 0.0)), whole):
+            for what, value in counted.items():
+                total[what] += value
+    return {**found, "all": whole}
