@@ -13,6 +13,7 @@ import triton.language as tl
 from mobazoo.attention import Full, MoBA, Segments, attend, centroids, gates, routing, triton_runs
 from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.blocks import centroids_by
+from mobazoo.attention.kernels import triton_route
 from mobazoo.attention.kernels.triton_gate import ordered
 from mobazoo.attention.routing import route_by
 from mobazoo.errors import InputError, UnsupportedError
@@ -144,6 +145,16 @@ def test_centroids(name: str, dtype: torch.dtype, device: str) -> None:
     k = inputs(case, dtype, device).k
     got = of(case, k, "triton")
     check_means(case, k.cpu(), replace(got, mean=got.mean.cpu(), start=got.start.cpu(), doc=got.doc.cpu()))
+
+
+@pytest.mark.parametrize("device", ON)
+def test_more_rows_than_a_launch_takes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(((20,), (9, 11), (-4, 16)), 4, 2, 2, 1, 16, queries=8)
+    data = inputs(case, device=device)
+    want = gate_routes(case, data.q, data.k, by="triton")
+    monkeypatch.setattr(triton_route, "MOST_PAIRS", 2)
+    got = gate_routes(case, data.q, data.k, by="triton")
+    assert torch.equal(got.index, want.index)
 
 
 @pytest.mark.parametrize("device", ON)

@@ -16,6 +16,9 @@ from mobazoo.attention.kernels import triton_lists
 SLAB_BYTES = 512 << 20
 _LARGE_BLOCK = 1024
 
+# Programs side by side in the second dimension of a launch, which CUDA bounds: one for each pair.
+MOST_PAIRS = 65535
+
 # Of a read beside its partial result: log-sum-exp, the sort's keys and numbers twice over, its block.
 _BYTES_PER_READ = 48
 
@@ -115,7 +118,8 @@ def cut(pairs: int, queries: int, per_token: int, block_size: int) -> tuple[int,
     """
     budget = SLAB_BYTES // 2 if block_size >= _LARGE_BLOCK else SLAB_BYTES
     per_token = max(1, per_token)
-    return _evenly(pairs, budget // (per_token * queries)), _evenly(queries, budget // per_token)
+    most = min(MOST_PAIRS, budget // (per_token * queries))
+    return _evenly(pairs, most), _evenly(queries, budget // per_token)
 
 
 def _evenly(number: int, most: int) -> int:
