@@ -39,10 +39,10 @@ class Shape:
         """Up to so many tokens a document is read whole."""
         return self.block_size * self.top_k
 
-    def small(self) -> Shape:
-        """For a dry run: the same heads' ratio and as many windows, up to five, at a size the interpreter takes."""
+    def small(self, windows: int = 3) -> Shape:
+        """For a dry run: the same heads' ratio and as many windows, up to ``windows``, for the interpreter."""
         heads, window = self.query_heads // self.key_heads, 32
-        length = min(5 * window, max(16, self.length * window // self.window))
+        length = min(windows * window, max(16, self.length * window // self.window))
         return replace(self, batch=1, query_heads=heads, key_heads=1, length=length, block_size=16, top_k=2, dim=16)
 
     def counted(self) -> dict[str, float]:
