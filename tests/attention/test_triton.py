@@ -15,10 +15,9 @@ from mobazoo.attention.backends import triton
 from mobazoo.attention.kernels import triton_slabs
 from mobazoo.attention.problem import Problem
 from tests.factories import Case, inputs, oracle, random_routes, routes_on, run, segments_of
-from tests.marks import DEVICES, able
+from tests.marks import TRITON_ON, able
 from tests.tolerance import check
 
-ON = [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PACKED = Case(((1, 50, -2, 17), (-9, 52, -9)), 16, 3, 4, 2, 64)
@@ -47,27 +46,27 @@ def verify(case: Case, dtype: torch.dtype, device: str) -> None:
     assert all(x.dtype == dtype for x in result.tensors)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_oracle(name: str, device: str) -> None:
     verify(CASES[name], torch.float32, device)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", ["block 16", "full"])
 def test_in_16_bits(name: str, dtype: torch.dtype, device: str) -> None:
     verify(CASES[name], dtype, device)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("dim", [128, 256])
 def test_wide_heads(dim: int, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         verify(Case(((40,),), 16, 2, 2, 1, dim), dtype, device)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("share", [1.0, 0.3], ids=["one pair", "few tokens"])
 def test_slabs_change_nothing(share: float, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One pair of 70 tokens, 2 heads and 2 reads each at a time, or fewer tokens."""
@@ -76,7 +75,7 @@ def test_slabs_change_nothing(share: float, device: str, monkeypatch: pytest.Mon
     verify(CASES["block 16"], torch.float32, device)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 def test_popular_blocks(device: str) -> None:
     """Every query reads the first block: a list much longer than the others, and empty ones."""
     case = Case(((90,),), 16, 2, 2, 1, 32)
@@ -89,7 +88,7 @@ def test_popular_blocks(device: str) -> None:
     check(result, oracle(case, data, chosen), reference, "triton")
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 def test_the_same_bits_every_time(device: str) -> None:
     case = Case(((60,),), 16, 3, 2, 1, 32)
     data = inputs(case, device=device)
@@ -99,7 +98,7 @@ def test_the_same_bits_every_time(device: str) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 def test_first_slot_may_be_a_number_on_the_device(device: str) -> None:
     """As in a CUDA graph, where a host integer would stay what it was."""
     case = replace(CASES["chunk"], queries=5)
@@ -130,7 +129,7 @@ def test_operator_is_what_it_says(sparse: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("pattern", [Full(), MoBA(16, 2)], ids=str)
 def test_compiles_whole(pattern: Pattern, device: str) -> None:
     def step(*tensors: Tensor) -> Tensor:

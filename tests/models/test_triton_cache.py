@@ -11,18 +11,15 @@ from mobazoo.attention import routing
 from mobazoo.nn import attention as nn_attention
 from mobazoo.nn.cache import MobaCache
 from tests.factories import spy
+from tests.marks import TRITON_ON
 from tests.models.tiny import error, ids, ours, padded
 
-ON = [
-    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="no interpreter beside a GPU")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 RULE = {"layers": ":", "pattern": "moba", "block_size": 4, "top_k": 3, "decode": "moba", "backend": "triton"}
 LENGTH, PROMPT = 30, 24
 SPLITS = {"one shot": [30], "chunks and tokens": [11, 13, 1, 1, 4]}
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize(("split", "kind"), [("one shot", {}), ("chunks and tokens", {"max_length": 40})], ids=str)
 def test_every_split_gives_the_same(
     split: str, kind: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
