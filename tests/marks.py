@@ -11,6 +11,9 @@ from mobazoo.attention.backends import BACKENDS
 from tests.factories import Case
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+# Our Triton kernels are compiled where there is a GPU and interpreted where there is none: Triton decides once.
+TRITON_ON = [pytest.param("cuda", marks=pytest.mark.gpu)] if "cuda" in DEVICES else [pytest.param("cpu")]
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SINGLE = (torch.float32,)
 

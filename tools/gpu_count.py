@@ -12,13 +12,24 @@ from dataclasses import dataclass
 
 import torch
 
-from mobazoo.attention.kernels.triton_slabs import SLAB_BYTES
+from mobazoo.attention.kernels.triton_slabs import cut, token_bytes
 from tools.gpu_shapes import SHAPES, Shape
 
-# An H200 (SXM) by its data sheet: 16-bit tensor operations and bytes a second; an H100 (SXM) has 3.35e12 bytes.
-TENSOR, BANDWIDTH = 989e12, 4.8e12
-# 132 multiprocessors do 64 integer operations a clock at 1.98 GHz.
-INTEGER = 132 * 64 * 1.98e9
+
+@dataclass(frozen=True)
+class Peak:
+    """A second of a GPU (SXM) by its data sheet: 16-bit tensor operations, bytes, integer operations.
+
+    132 multiprocessors do 64 integer operations a clock at 1.98 GHz.
+    """
+
+    tensor: float = 989e12
+    bandwidth: float = 4.8e12
+    integer: float = 132 * 64 * 1.98e9
+
+
+H200 = Peak()
+PEAKS = {"H200": H200, "H100": Peak(bandwidth=3.35e12)}
 
 TILE_ROWS, TILE_BLOCKS = 64, 64  # of the gate, up to 256 bytes a row
 # Integer operations on each score: to an ordered integer, inside the query's range, the tile's maximum.
@@ -39,15 +50,18 @@ class Part:
     integer: float = 0.0
     bytes: float = 0.0
 
-    @property
-    def seconds(self) -> float:
-        """The least it can take: its kinds of work overlap."""
-        return max(self.tensor / TENSOR, self.integer / INTEGER, self.bytes / BANDWIDTH)
+    def costs(self, peak: Peak) -> dict[str, float]:
+        """Seconds by kind of work."""
+        work = {"tensor": self.tensor / peak.tensor, "integer": self.integer / peak.integer}
+        return work | {"memory": self.bytes / peak.bandwidth}
 
-    @property
-    def bound(self) -> str:
+    def seconds(self, peak: Peak = H200) -> float:
+        """The least it can take: its kinds of work overlap."""
+        return max(self.costs(peak).values())
+
+    def bound(self, peak: Peak = H200) -> str:
         """What takes that long."""
-        costs = {"tensor": self.tensor / TENSOR, "integer": self.integer / INTEGER, "memory": self.bytes / BANDWIDTH}
+        costs = self.costs(peak)
         return max(costs, key=lambda name: costs[name])
 
 
@@ -91,7 +105,7 @@ def parts(shape: Shape) -> list[Part]:
     blocks = shape.length // block
     scores = rows * blocks / 2
     row = dim * size
-    a_score = selections(min(blocks, 4096), reads)["maxima while one enters (ours)"]
+    a_score = selections(max(1, min(blocks, 4096)), reads)["maxima while one enters (ours)"]
     found = [
         Part("centroids", bytes=keys * row * (1 + 1 / block)),
         Part("gate", 2 * dim * scores, a_score * scores, rows * (row + 2 * reads)),
@@ -124,12 +138,16 @@ def memory(shape: Shape) -> tuple[float, float]:
     row, reads = shape.dim * shape.dtype.itemsize, shape.top_k - 1
     out = rows * (row + 4)
     index = rows * reads * 2
+    group, pairs = shape.query_heads // shape.key_heads, shape.batch * shape.key_heads
+    per_token = token_bytes(group, reads, row)
+    together, tokens = cut(pairs, shape.length, per_token, shape.block_size)
+    slab = together * tokens * per_token
     if not shape.backward:
-        return out + index + SLAB_BYTES, out
+        return out + index + slab, out
     pair = shape.length * shape.query_heads // shape.key_heads * reads * 48  # lists of one pair, while sorted
     grads = rows * row + 2 * keys * row
     saved = out + rows * (row + 4) + grads  # with the output's gradient and delta
-    return saved + index + SLAB_BYTES + pair, saved + 4 * shape.dim * rows
+    return saved + index + slab + pair, saved + 4 * shape.dim * rows
 
 
 def page() -> str:
@@ -148,17 +166,17 @@ def page() -> str:
         for part in found:
             lines.append(
                 f"| {part.name} | {part.tensor / 1e12:.2f} | {part.integer / 1e12:.2f} | {part.bytes / 1e9:.1f} | "
-                f"{1e3 * part.seconds:.2f} | {part.bound} |"
+                f"{1e3 * part.seconds():.2f} | {part.bound()} |"
             )
-        whole, dense = sum(part.seconds for part in found), full(shape)
+        whole, dense = sum(part.seconds() for part in found), full(shape)
         ours, theirs = (x / 2**30 for x in memory(shape))
         lines += [
             f"| all | {sum(p.tensor for p in found) / 1e12:.2f} | {sum(p.integer for p in found) / 1e12:.2f} | "
             f"{sum(p.bytes for p in found) / 1e9:.1f} | {1e3 * whole:.2f} | |",
             "",
-            f"Full attention: {dense.tensor / 1e12:.0f} TFLOP, floor {1e3 * dense.seconds:.0f} ms, "
-            f"{dense.seconds / whole:.1f} times ours. Memory beside q, k, v: {ours:.1f} GiB at the most, "
-            f"full {theirs:.1f} GiB.",
+            f"Full attention: {dense.tensor / 1e12:.0f} TFLOP, floor {1e3 * dense.seconds():.0f} ms, "
+            f"{dense.seconds() / whole:.1f} times ours. Memory beside q, k, v: {ours:.1f} GiB at the most, "
+            f"full {theirs:.1f} GiB, {ours / theirs:.2f} times that.",
             "",
         ]
     lines += ["Integer operations a score to choose, independent scores:", "", "| blocks, reads | " + " | ".join(

@@ -1,7 +1,7 @@
 """Measures a GPU: tests, the papers' shapes against full attention, and whether the results are right.
 
-Run it by ``tools/gpu_report.sh``. Each section is kept in the JSON file as soon as it is done, and the page is written
-from that file, so that sections may run one by one.
+Run it by ``tools/gpu_report.sh``. Every section runs in a process of its own, so that none takes another along. What a
+section has so far is kept in the JSON file, and the page is written from that file.
 """
 
 from __future__ import annotations
@@ -9,61 +9,120 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mobazoo.attention.gates import TORCH, TRITON
 from mobazoo.files import write_whole
-from mobazoo.results import command, machine
-from tools.gpu_shapes import SHAPES, Run, Shape, by_blocks, full, gate, inputs, verify, verify_gate
+from mobazoo.results import machine
+from tools import gpu_auto, gpu_flex
+from tools.gpu_count import PEAKS
+from tools.gpu_measure import Candidate, attempt, measure, right
+from tools.gpu_page import page
+from tools.gpu_parts import floors, seconds_by_part
+from tools.gpu_rivals import PUBLISHED, by_blocks, full, peers, without_routes
+from tools.gpu_shapes import SHAPES, gate, inputs, step
 from tools.gpu_tiles import tune
+from tools.gpu_verify import verify, verify_gate
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("tests", *SHAPES, "tiles")
+SECTIONS = ("tests", *SHAPES, "auto", "flex", "tiles")
 _SECONDS = 240.0  # of measuring a section, after the first call of each candidate
 _TUNING = 420.0  # of trying tile sizes, compiling included
-_ROUNDS = {"cuda": 7, "cpu": 2}
+_MOST = 570.0  # of a section in all, then it is ended
 
 
 def main() -> int:
     """Runs the sections that are asked for; 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--section", action="append", choices=SECTIONS, help="may be repeated; default: all")
-    parser.add_argument("--dest", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the report")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; writes nothing without --dest")
+    parser.add_argument("--dest", type=Path, help="folder of the report (docs/benchmarks; a dry run prints only)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # how a section's process is called
     said = parser.parse_args()
     if not said.dry_run and not torch.cuda.is_available():
         parser.error("no CUDA device here; --dry-run tries the script on a CPU")
     device = "cpu" if said.dry_run else "cuda"
-    name = "dry-run" if said.dry_run else slug(torch.cuda.get_device_name())
-    kept = said.dest / f"{name}.json"
-    write = not said.dry_run or said.dest != parser.get_default("dest")
-    report: dict[str, Any] = json.loads(kept.read_text("utf-8")) if write and kept.exists() else {"sections": {}}
-    for section in said.section or SECTIONS:
-        found = run(section, device)
-        report["sections"][section] = {"command": command(), "machine": about(device), **found}
-        if write:
-            write_whole(kept, json.dumps(report, indent=1) + "\n")
-            write_whole(kept.with_suffix(".md"), page(report))
-    if not write:
-        print(page(report))
-    return int(any(not section["right"] for section in report["sections"].values()))
+    with tempfile.TemporaryDirectory() as folder:
+        prints = said.dry_run and said.dest is None
+        dest = Path(folder) if prints else said.dest or ROOT / "docs" / "benchmarks"
+        kept = dest / f"{'dry-run' if said.dry_run else slug(torch.cuda.get_device_name())}.json"
+        fine = [(one if said.here else apart)(name, device, kept) for name in said.section or SECTIONS]
+        if prints:
+            print(kept.with_suffix(".md").read_text("utf-8"))
+    return int(not all(fine))
 
 
-def run(section: str, device: str) -> dict[str, Any]:
-    """One section; ``right`` says whether all is well."""
-    if section == "tests":
-        return tests(dry=device == "cpu")
-    return tune(device, _TUNING) if section == "tiles" else measure(SHAPES[section], device)
+def one(name: str, device: str, kept: Path) -> bool:
+    """A section in this process; whether all is well. What it had before it broke is kept."""
+    begin = time.perf_counter()
+    found: dict[str, Any] = {"right": False}
+    try:
+        for part in run(name, device):
+            found = part
+            keep(name, device, kept, found)
+        found["took"] = time.perf_counter() - begin
+    except Exception as error:  # the other sections go on, and the page says what happened here
+        traceback.print_exc()
+        found |= {"right": False, "broke": f"The section broke: {type(error).__name__}: {error}".splitlines()[0]}
+    keep(name, device, kept, found)
+    return bool(found["right"])
+
+
+def apart(name: str, device: str, kept: Path) -> bool:
+    """A section in a process of its own, which may crash or take too long."""
+    dry = ["--dry-run"] if device == "cpu" else []
+    command = [sys.executable, "-m", "tools.gpu_report", "--here", "--section", name, "--dest", str(kept.parent), *dry]
+    try:
+        code = subprocess.run(command, cwd=ROOT, timeout=_MOST, check=False).returncode
+        ended = f"The section ended with code {code}." if code not in (0, 1) else None
+    except subprocess.TimeoutExpired:
+        code, ended = 1, f"The section took more than {_MOST:.0f} s and was ended."
+    if ended:
+        before = load(kept)["sections"].get(name, {})
+        mine = before if "took" not in before else {}  # else from an earlier run
+        keep(name, device, kept, {**mine, "right": False, "broke": ended})
+    return code == 0
+
+
+def load(kept: Path) -> dict[str, Any]:
+    """The report so far."""
+    return json.loads(kept.read_text("utf-8")) if kept.exists() else {"sections": {}}
+
+
+def keep(name: str, device: str, kept: Path, found: dict[str, Any]) -> None:
+    """Puts a section into the report and writes both files."""
+    report = load(kept)
+    command = ["tools/gpu_report.sh", "--section", name, *(["--dry-run"] if device == "cpu" else [])]
+    report["sections"][name] = {**found, "command": shlex.join(command), "machine": about(device)}
+    report["sections"] = {known: report["sections"][known] for known in SECTIONS if known in report["sections"]}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(kept, json.dumps(report, indent=1) + "\n")
+    write_whole(kept.with_suffix(".md"), page(report))
+
+
+def run(name: str, device: str) -> Iterator[dict[str, Any]]:
+    """A section, more complete each time; ``right`` says whether all is well."""
+    if name == "tests":
+        yield tests(dry=device == "cpu")
+    elif name == "tiles":
+        yield from tune(device, _TUNING)
+    elif name in SHAPES:
+        yield from shapes(name, device)
+    else:
+        yield from {"auto": gpu_auto, "flex": gpu_flex}[name].section(device)
 
 
 def slug(name: str) -> str:
@@ -73,136 +132,55 @@ def slug(name: str) -> str:
 
 def about(device: str) -> dict[str, str]:
     """What the figures depend on."""
+    known = {**machine(), "triton": import_module("triton").__version__}
     if device == "cpu":
-        return {**machine(), "gpu": "none: a dry run"}
+        return {**known, "gpu": "none: a dry run"}
     memory = torch.cuda.get_device_properties(0).total_memory >> 30
-    return {**machine(), "gpu": f"{torch.cuda.get_device_name()}, {memory} GiB", "cuda": str(torch.version.cuda)}
+    return {**known, "gpu": f"{torch.cuda.get_device_name()}, {memory} GiB", "cuda": str(torch.version.cuda)}
 
 
 def tests(*, dry: bool) -> dict[str, Any]:
     """The tests that `make test-gpu` runs; a dry run only collects them."""
-    arguments = ["-m", "pytest", "-o", "addopts=", "-m", "gpu", *(["--collect-only", "-q"] if dry else [])]
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    arguments = ["-o", "addopts=", "-m", "gpu", "--continue-on-collection-errors"]
+    arguments += ["--collect-only", "-q"] if dry else []
+    command = [sys.executable, "-m", "pytest", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=_MOST - 30)
     last = (done.stdout.strip() or done.stderr.strip() or "nothing said").splitlines()
     failed = [f"- {line}" for line in last if line.startswith(("FAILED", "ERROR"))]
     return {"right": done.returncode == 0, "said": last[-1].strip("= "), "lines": failed}
 
 
-def measure(shape: Shape, device: str) -> dict[str, Any]:
-    """Times, memory and correctness of one shape."""
-    if device == "cpu":
-        shape = shape.small()
+def shapes(name: str, device: str) -> Iterator[dict[str, Any]]:
+    """One of the papers' shapes: full attention, ours and peers' by blocks, the gate alone, and our passes."""
+    shape = SHAPES[name].small() if device == "cpu" else SHAPES[name]
     tensors = inputs(shape, device)
-    rows: dict[str, dict[str, Any]] = {}
-    able: dict[str, Callable[[], None]] = {}
-    works = {"full": full(device), "blocks": by_blocks(shape)}
-    calls = {
-        (kind, name): step(call, tensors, backward=shape.backward)
-        for kind, some in works.items()
-        for name, call in some.items()
+    way = partial(step, tensors=tensors, backward=shape.backward)
+    candidates = {who: Candidate("full", way(run)) for who, run in full(device).items()}
+    for who, routed in by_blocks(shape, "triton", "flash").items():
+        candidates[who] = Candidate("blocks", way(without_routes(routed)), partial(verify, shape, tensors, routed))
+    candidates |= {who: Candidate("peer", way(run)) for who, run in peers(shape).items()}
+    for by in (TORCH, TRITON):
+        alone = partial(gate, tensors[0], tensors[1], shape.pattern, by)
+        candidates[f"the gate by {by}"] = Candidate("gate", alone, partial(verify_gate, shape, tensors, by))
+    sheet = next((known for known in PEAKS if device == "cuda" and known in torch.cuda.get_device_name()), "H200")
+    known = {
+        "said": spoken(shape.spoken(), shape.counted()),
+        "published": asdict(PUBLISHED[name]),
+        "peak": sheet,
+        "floor": floors(shape, PEAKS[sheet]),
     }
-    for by in (TORCH, TRITON):
-        calls["gate", f"the gate by {by}"] = partial(choose, shape, tensors, by)
-    for (kind, name), work in calls.items():
-        rows[name] = {"kind": kind, "seconds": []}
-        try:
-            rows[name]["first_seconds"], rows[name]["bytes"] = once(work, device)
-            able[name] = work
-        except (RuntimeError, torch.OutOfMemoryError) as error:  # a report says who could not, and goes on
-            rows[name]["cannot"] = str(error).splitlines()[0][:160]
-    begin = time.perf_counter()
-    for number in range(_ROUNDS[device]):  # in turn, so that a clock that drifts favours nobody
-        if number and (time.perf_counter() - begin) * (number + 1) / number > _SECONDS:
-            break
-        for name, work in able.items():
-            rows[name]["seconds"].append(once(work, device)[0])
-    for name in by_blocks(shape):
-        if name in able:
-            rows[name]["errors"] = verify(shape, tensors, name)
-    for by in (TORCH, TRITON):
-        if f"the gate by {by}" in able:
-            rows[f"the gate by {by}"]["errors"] = verify_gate(shape, tensors, by)
-    right = all(e <= 1 for row in rows.values() for e in row.get("errors", {}).values()) and "triton" in able
-    return {"right": right, "shape": spoken(shape), "counted": shape.counted(), "rows": rows}
+    for rows in measure(candidates, device, _SECONDS):
+        yield {**known, "rows": rows, "right": right(rows, "triton")}
+    parts = attempt({}, partial(seconds_by_part, candidates["triton"].work, device))
+    yield {**known, "rows": rows, "parts": parts or {}, "right": right(rows, "triton") and parts is not None}
 
 
-def step(run: Run, tensors: list[Tensor], *, backward: bool) -> Callable[[], None]:
-    """One call, with its backward where there is one."""
-    *qkv, dout = tensors
-
-    def work() -> None:
-        out = run(*qkv)
-        if backward:
-            torch.autograd.grad(out, qkv, dout)
-
-    return work
-
-
-def choose(shape: Shape, tensors: list[Tensor], by: str) -> None:
-    """Centroids and choice alone."""
-    gate(tensors[0], tensors[1], shape.pattern, by)
-
-
-def once(work: Callable[[], None], device: str) -> tuple[float, int]:
-    """Seconds of one call, and the most bytes it held beside its inputs."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    begin = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
-    return seconds, (torch.cuda.max_memory_allocated() - before if device == "cuda" else 0)
-
-
-def spoken(shape: Shape) -> str:
-    """The shape in a line."""
-    way = "forward + backward" if shape.backward else "forward"
-    heads = f"{shape.query_heads}/{shape.key_heads} heads, D {shape.dim}"
-    pattern = f"block {shape.block_size}, top {shape.top_k}"
-    return f"{way}, B {shape.batch}, {heads}, {shape.length} tokens, {pattern}, {str(shape.dtype)[6:]}"
-
-
-def page(report: dict[str, Any]) -> str:
-    """The report in Markdown."""
-    sections = report["sections"]
-    lines = [f"# {next(iter(sections.values()))['machine']['gpu']}", ""]
-    lines += ["Written by `tools/gpu_report.sh`. Times are medians; `times` is against the best full attention."]
-    for name, found in sections.items():
-        facts = ", ".join(f"{key} {value}" for key, value in found["machine"].items() if key != "gpu")
-        lines += ["", f"## {name}", "", f"`{found['command']}`; {facts}.", ""]
-        lines += _table(found) if "rows" in found else [found["said"], *found["lines"]]
-    return "\n".join(lines) + "\n"
-
-
-def _table(found: dict[str, Any]) -> list[str]:
-    counted = found["counted"]
-    lines = [
-        f"{found['shape']}. Forward by blocks: {counted['reads'] / 1e6:.1f} million reads, "
-        f"{counted['read_bytes'] / 1e9:.0f} GB, {counted['operations'] / 1e12:.1f} TFLOP; "
-        f"gate {counted['gate_operations'] / 1e12:.1f} TFLOP; "
-        f"full attention {counted['full_operations'] / 1e12:.0f} TFLOP.",
-        "",
-        "| who | ms | range | times | GiB | first call s | errors (at most 1) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    rows = found["rows"]
-    best = min((median(r["seconds"]) for r in rows.values() if r["kind"] == "full" and r["seconds"]), default=None)
-    for name, row in rows.items():
-        if "cannot" in row:
-            lines.append(f"| {name} | cannot: {row['cannot']} | | | | | |")
-            continue
-        ms = [1e3 * s for s in row["seconds"]]
-        times = f"{1e3 * best / median(ms):.2f}" if best and row["kind"] == "blocks" else ""
-        errors = ", ".join(f"{what} {value:.2f}" for what, value in row.get("errors", {}).items())
-        memory = f"{row['bytes'] / 2**30:.2f}" if "bytes" in row else ""
-        first = f"{row['first_seconds']:.1f}" if "first_seconds" in row else ""
-        lines.append(
-            f"| {name} | {median(ms):.1f} | {min(ms):.1f} to {max(ms):.1f} | {times} | {memory} | {first} | {errors} |"
-        )
-    return lines
+def spoken(shape: str, counted: dict[str, float]) -> str:
+    """A shape and what it costs by count."""
+    ours = f"{counted['operations'] / 1e12:.1f} TFLOP; gate {counted['gate_operations'] / 1e12:.1f} TFLOP"
+    reads = f"{counted['reads'] / 1e6:.1f} million reads, {counted['read_bytes'] / 1e9:.0f} GB"
+    theirs = f"{counted['full_operations'] / 1e12:.0f} TFLOP"
+    return f"{shape}. Forward by blocks: {reads}, {ours}; full attention {theirs}."
 
 
 if __name__ == "__main__":

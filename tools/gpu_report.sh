@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # What a GPU says of this repository: its gpu tests, and the papers' shapes against full attention. No network.
-#   tools/gpu_report.sh                      everything
-#   tools/gpu_report.sh --section 64k        one part, at most ten minutes; a report grows part by part
+#   tools/gpu_report.sh                      everything, each section in a process of its own
+#   tools/gpu_report.sh --section 64k        one section, at most ten minutes; a report grows section by section
+#   tools/gpu_report.sh --section auto       what auto takes against full attention
+#   tools/gpu_report.sh --section flex       options of FlexAttention, and the kernels of flash
 #   tools/gpu_report.sh --section tiles      tile sizes of our kernels; prints rows for triton_tiles.MEASURED
 #   tools/gpu_report.sh --dry-run            the same on a CPU with tiny shapes
 # Needs torch, triton and transformers there. What else is missing (omegaconf, pyyaml, rich, pytest, ...) may lie in

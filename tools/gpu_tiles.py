@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from itertools import product
 from statistics import median
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mobazoo.attention import attend
 from mobazoo.attention.kernels.triton_tiles import DEFAULT, MEASURED, SHARED, Tiles, capability, entry, shared_bytes
+from tools.gpu_measure import attempt
 from tools.gpu_shapes import Shape, gate, inputs
 
 Work = Callable[[], list[Tensor]]
@@ -26,20 +28,23 @@ _ROUNDS = 3
 _WORTH = 0.97  # of the default's time: what is no better than that is noise
 
 
-def tune(device: str, seconds: float) -> dict[str, Any]:
+def tune(device: str, seconds: float) -> Iterator[dict[str, Any]]:
     """Times candidates of each kernel by head dim, about ``seconds`` in all, in bfloat16; the report's section."""
     dry = device == "cpu"
     shape = Shape(1, 16, 4, 1 << 15, 128, 8, backward=True)
-    shapes = [shape.small()] if dry else [replace(shape, dim=dim) for dim in _DIMS]
+    shapes = [replace(shape.small(), length=64)] if dry else [replace(shape, dim=dim) for dim in _DIMS]
     share = seconds / (len(shapes) * len(KERNELS))
     lines = ["| kernels | head dim | tried | default ms | best ms | best |", "| --- " * 6 + "|"]
     rows: list[str] = []
     mistakes: list[str] = []
-    for one in shapes:
-        work = works(one, device)
-        for kernels in KERNELS:
-            key = (capability(torch.device(device)), kernels, one.dim, one.dtype.itemsize)
-            times, wrong = trials(work[kernels], key, share, dry=dry)
+    for one, kernels in product(shapes, KERNELS):
+        key = (capability(torch.device(device)), kernels, one.dim, one.dtype.itemsize)
+        failed: dict[str, str] = {}
+        tried = attempt(failed, partial(trials, one, device, key, share, dry=dry))
+        if tried is None:  # the default itself
+            mistakes.append(f"Failed: {kernels}, head dim {one.dim}: {failed['cannot']}.")
+        else:
+            times, wrong = tried
             usual, best = next(iter(times)), min(times, key=lambda held: times[held])
             ms = f"{1e3 * times[usual]:.2f} | {1e3 * times[best]:.2f}"
             lines.append(f"| {kernels} | {one.dim} | {len(times)} | {ms} | {best} |")
@@ -47,9 +52,9 @@ def tune(device: str, seconds: float) -> dict[str, Any]:
             if times[best] < _WORTH * times[usual]:
                 row = f"    {key}: Tiles({best.rows}, {best.stream}, {best.warps}, {best.stages}),"
                 rows.append(row.replace("'", '"'))
-    found = ["Rows for `triton_tiles.MEASURED`:", "", "```python", *rows, "```"] if rows else ["The default stays."]
-    lines += ["", *mistakes, "", *found]
-    return {"right": not mistakes, "said": "Tile sizes that were tried, the default first.", "lines": ["", *lines]}
+        found = ["Rows for `triton_tiles.MEASURED`:", "", "```python", *rows, "```"] if rows else ["The default stays."]
+        said = "Tile sizes that were tried, the default first."
+        yield {"right": not mistakes, "said": said, "lines": [*lines, "", *mistakes, "", *found]}
 
 
 def works(shape: Shape, device: str) -> dict[str, Work]:
@@ -79,9 +84,10 @@ def candidates(key: tuple[str, str, int, int]) -> Iterator[Tiles]:
 
 
 def trials(
-    work: Work, key: tuple[str, str, int, int], seconds: float, *, dry: bool
+    shape: Shape, device: str, key: tuple[str, str, int, int], seconds: float, *, dry: bool
 ) -> tuple[dict[Tiles, float], list[Tiles]]:
     """Seconds by candidate, the first one's first, and those whose results are not the first one's."""
+    work = works(shape, device)[key[1]]
     times: dict[Tiles, float] = {}
     wrong: list[Tiles] = []
     want: list[Tensor] = []

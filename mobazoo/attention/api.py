@@ -93,7 +93,7 @@ def attend(
     if 0 in q.shape:
         return q.clone()  # nothing to compute, but a backward may follow
     if isinstance(pattern, MoBA) and routes is None:
-        by = gate_of(name, problem)
+        by = gate_of(name, q, pattern)
         known = centroids_by(by, k.detach(), pattern.block_size, segments)
         routes = route_by(by, q.detach(), known, pattern, segments, first)
     return BACKENDS[name].run(

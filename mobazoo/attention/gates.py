@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from mobazoo.attention.pattern import MoBA
-from mobazoo.attention.problem import Problem
+from mobazoo.attention.pattern import Full, Pattern
 from mobazoo.attention.triton_runs import refuses_gate
 from mobazoo.errors import InputError, UnsupportedError
 
 TORCH, TRITON = "torch", "triton"
 
 
-def gate_of(backend: str, problem: Problem) -> str:
-    """Who computes the gate where ``attend`` was not given routes.
+def gate_of(backend: str, q: Tensor, pattern: Pattern) -> str:
+    """Who computes the gate for queries ``q`` that ``backend`` serves.
 
     The Triton kernels belong to the backend of that name, as far as they can: which gate is faster on a GPU nobody has
     measured, so every other backend keeps torch's.
     """
-    if backend != TRITON or not isinstance(problem.pattern, MoBA):
+    if backend != TRITON or isinstance(pattern, Full):
         return TORCH
-    why = refuses_gate(problem.device, problem.dtype, problem.head_dim, problem.pattern.top_k - 1)
-    return TORCH if why else TRITON
+    return TORCH if refuses_gate(q.device.type, q.dtype, q.shape[3], pattern.top_k - 1) else TRITON
 
 
 def check_by(what: str, by: str, device: torch.device, dtype: torch.dtype, head_dim: int, reads: int = 0) -> None:

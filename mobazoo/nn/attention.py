@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 
-from mobazoo.attention import Centroids, Full, MoBA, Pattern, attend, route
+from mobazoo.attention import Centroids, Full, MoBA, Pattern, attend
 from mobazoo.attention.backends import decode
-from mobazoo.attention.routing import query_slots
+from mobazoo.attention.gates import gate_of
+from mobazoo.attention.routing import query_slots, route_by
 from mobazoo.config.rules import LayerAttention
 from mobazoo.errors import UnsupportedError
 from mobazoo.nn.cache import MobaCache
@@ -136,7 +137,7 @@ class Attention(nn.Module):
         segments, routes = geometry.segments, None
         if isinstance(pattern, MoBA) and known is not None and not pattern.covers(segments.max_len):
             pattern = MoBA(pattern.block_size, min(pattern.top_k, segments.length // pattern.block_size + 1))
-            routes = route(q, known, pattern, segments, q_start)
+            routes = route_by(gate_of(backend, q, pattern), q, known, pattern, segments, q_start)
             if k.device != q.device and q.shape[2] <= decode.FEW:  # offloaded: only what is read moves
                 scale = q.shape[3] ** -0.5
                 return decode.run(q, k, v, segments=segments, routes=routes, q_start=q_start, scale=scale)

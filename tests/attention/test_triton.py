@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import util
 
@@ -15,10 +15,9 @@ from mobazoo.attention.backends import triton
 from mobazoo.attention.kernels import triton_slabs
 from mobazoo.attention.problem import Problem
 from tests.factories import Case, inputs, oracle, random_routes, routes_on, run, segments_of
-from tests.marks import DEVICES, able
+from tests.marks import TRITON_ON, able
 from tests.tolerance import check
 
-ON = [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PACKED = Case(((1, 50, -2, 17), (-9, 52, -9)), 16, 3, 4, 2, 64)
@@ -32,6 +31,7 @@ CASES = {
     "head dim 96": replace(PACKED, dim=96),
     "head dim 20": replace(PACKED, dim=20),
     "groups of 3": replace(PACKED, hq=3, hkv=1),
+    "groups of 8, a row of padding": Case(((40,), (-40,)), 16, 3, 8, 1, 32),
     "decode": replace(PACKED, hq=8, queries=1),
     "chunk": replace(PACKED, queries=23, first=40),
     "more keys than queries": Case(((-9, 70, -11),), 16, 3, 2, 2, 64, queries=12, first=3),
@@ -46,27 +46,27 @@ def verify(case: Case, dtype: torch.dtype, device: str) -> None:
     assert all(x.dtype == dtype for x in result.tensors)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_oracle(name: str, device: str) -> None:
     verify(CASES[name], torch.float32, device)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", ["block 16", "full"])
 def test_in_16_bits(name: str, dtype: torch.dtype, device: str) -> None:
     verify(CASES[name], dtype, device)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("dim", [128, 256])
 def test_wide_heads(dim: int, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         verify(Case(((40,),), 16, 2, 2, 1, dim), dtype, device)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("share", [1.0, 0.3], ids=["one pair", "few tokens"])
 def test_slabs_change_nothing(share: float, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One pair of 70 tokens, 2 heads and 2 reads each at a time, or fewer tokens."""
@@ -75,7 +75,7 @@ def test_slabs_change_nothing(share: float, device: str, monkeypatch: pytest.Mon
     verify(CASES["block 16"], torch.float32, device)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 def test_popular_blocks(device: str) -> None:
     """Every query reads the first block: a list much longer than the others, and empty ones."""
     case = Case(((90,),), 16, 2, 2, 1, 32)
@@ -88,7 +88,7 @@ def test_popular_blocks(device: str) -> None:
     check(result, oracle(case, data, chosen), reference, "triton")
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 def test_the_same_bits_every_time(device: str) -> None:
     case = Case(((60,),), 16, 3, 2, 1, 32)
     data = inputs(case, device=device)
@@ -98,7 +98,7 @@ def test_the_same_bits_every_time(device: str) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 def test_first_slot_may_be_a_number_on_the_device(device: str) -> None:
     """As in a CUDA graph, where a host integer would stay what it was."""
     case = replace(CASES["chunk"], queries=5)
@@ -129,7 +129,7 @@ def test_operator_is_what_it_says(sparse: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("pattern", [Full(), MoBA(16, 2)], ids=str)
 def test_compiles_whole(pattern: Pattern, device: str) -> None:
     def step(*tensors: Tensor) -> Tensor:
@@ -193,16 +193,8 @@ def test_never_waits(pattern: Pattern, request: pytest.FixtureRequest) -> None:
     attend(q[:, :, :5], k, v, pattern=pattern, segments=segments, backend="triton", q_start=start)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_decoding_in_a_cuda_graph() -> None:
-    q = torch.randn(3, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
-    k, v = torch.randn(2, 3, 2, 1001, 64, device="cuda", dtype=torch.bfloat16)
-    start = torch.tensor(500, device="cuda")
-
-    def step() -> Tensor:
-        return attend(q, k, v, pattern=MoBA(64, 3), backend="triton", q_start=start)
-
+def captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A graph of ``step``, which has run before on a stream of its own, and its results."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -210,8 +202,60 @@ def test_decoding_in_a_cuda_graph() -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = step()
+        results = step()
+    return graph, results
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_decoding_in_a_cuda_graph() -> None:
+    q = torch.randn(3, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 3, 2, 1001, 64, device="cuda", dtype=torch.bfloat16)
+    start = torch.tensor(500, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        return (attend(q, k, v, pattern=MoBA(64, 3), backend="triton", q_start=start),)
+
+    graph, (out,) = captured(step)
     for slot in (500, 777):
         start.fill_(slot)
         graph.replay()
-        assert torch.equal(out, step())
+        assert torch.equal(out, *step())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("pattern", [Full(), MoBA(64, 3)], ids=str)
+def test_training_in_a_cuda_graph(pattern: Pattern) -> None:
+    """Gate, forward and backward, on packed rows; then with other numbers in the same places."""
+    segments = Segments.from_lengths([[700, 1, 300], [900]], length=1001, device="cuda")
+    shapes = ((2, 8, 1001, 64), (2, 2, 1001, 64), (2, 2, 1001, 64))
+    q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+    dout = torch.randn_like(q)
+
+    def step() -> tuple[Tensor, ...]:
+        out = attend(q, k, v, pattern=pattern, segments=segments, backend="triton")
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    graph, results = captured(step)
+    for _ in range(2):
+        with torch.no_grad():
+            for x in (q, k, v):
+                x.normal_()
+        graph.replay()
+        for got, want in zip(results, step(), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("pattern", [Full(), MoBA(64, 3)], ids=str)
+def test_compiles_whole_to_code(pattern: Pattern) -> None:
+    q, k, v = (torch.randn(2, heads, 500, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
+
+    def step() -> Tensor:
+        return attend(q, k, v, pattern=pattern, backend="triton").square().sum()
+
+    results = [torch.autograd.grad(call(), (q, k, v)) for call in (step, torch.compile(step, fullgraph=True))]
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from mobazoo.attention import MoBA, Segments, attend, centroids, gates, routing, triton_runs
+from mobazoo.attention import Full, MoBA, Segments, attend, centroids, gates, routing, triton_runs
 from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.blocks import centroids_by
+from mobazoo.attention.kernels import triton_route
 from mobazoo.attention.kernels.triton_gate import ordered
 from mobazoo.attention.routing import route_by
 from mobazoo.errors import InputError, UnsupportedError
@@ -21,9 +22,8 @@ from tests.attention.test_centroids import check_means, of
 from tests.attention.test_gate import check_choice, check_invariants
 from tests.attention.test_gate_ties import routed
 from tests.factories import Case, gate_routes, inputs, routes_on, segments_of
-from tests.marks import DEVICES
+from tests.marks import TRITON_ON
 
-ON = [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES]
 SHORT = (torch.bfloat16, torch.float16)
 
 PACKED = Case(((1, 50, -2, 17), (-10, 50, -10)), 8, 3, 2, 1, 64)
@@ -38,7 +38,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_oracle(name: str, device: str, record_property: Callable[[str, object], None]) -> None:
     case = CASES[name]
@@ -47,7 +47,7 @@ def test_equals_the_oracle(name: str, device: str, record_property: Callable[[st
     check_choice(case, data.q.cpu(), data.k.cpu(), routes, record_property)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 def test_in_16_bits(dtype: torch.dtype, device: str, record_property: Callable[[str, object], None]) -> None:
     data = inputs(PACKED, dtype, device)
@@ -55,7 +55,7 @@ def test_in_16_bits(dtype: torch.dtype, device: str, record_property: Callable[[
     check_choice(PACKED, data.q.cpu(), data.k.cpu(), routes, record_property)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_table_as_torch(name: str, device: str) -> None:
     """Bit for bit, order and empty slots too: scores that are exact in any order of sums, many of them equal."""
@@ -69,7 +69,7 @@ def test_the_same_table_as_torch(name: str, device: str) -> None:
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("width", [1, 8, 64, 130])
 def test_ties_fall_to_the_most_recent(width: int, device: str) -> None:
     latest_first = list(range(width - 1, -1, -1))
@@ -82,7 +82,7 @@ def test_ties_fall_to_the_most_recent(width: int, device: str) -> None:
         assert routed(scores, 4, by="triton", device=device) == [1, *latest_first[:2]]
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 def test_order_of_signed_scores(device: str) -> None:
     scores = [-1e30, 0.0, -1.0, 1e30, -1e-38, 1.0000001, 1e-38, 1.0]
     assert routed(scores, 8, by="triton", device=device) == [3, 5, 7, 6, 1, 4, 2]
@@ -96,7 +96,7 @@ def _order(X, Y):  # noqa: N803
     tl.store(Y + at, ordered(tl.load(X + at)))
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 def test_integers_of_the_same_order(device: str) -> None:
     """As torch's gate orders scores; a dot product of today's Triton gives no minus zero, another might."""
     infinity, tiny = float("inf"), torch.finfo(torch.float32).smallest_normal
@@ -107,7 +107,7 @@ def test_integers_of_the_same_order(device: str) -> None:
     assert torch.equal(y.long(), (routing._sort_keys(x[:, None]) >> 32).flatten())
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # NumPy's, in the interpreter
 def test_not_a_number_never_leaves_the_range(value: float, device: str) -> None:
@@ -118,7 +118,7 @@ def test_not_a_number_never_leaves_the_range(value: float, device: str) -> None:
     check_invariants(PACKED, routes_on(gate_routes(PACKED, q, k, by="triton"), "cpu"))
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 def test_many_blocks_are_numbered_in_int32(device: str) -> None:
     """The last of 32,768 blocks: one tile is scored, because the document is short."""
     slots = 1 << 15
@@ -132,7 +132,7 @@ def test_many_blocks_are_numbered_in_int32(device: str) -> None:
     assert index.flatten().tolist() == [slots - 3]
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("whole", torch.bfloat16), ("ones", torch.float32), ("large_blocks", torch.float32)]
@@ -146,7 +146,17 @@ def test_centroids(name: str, dtype: torch.dtype, device: str) -> None:
     check_means(case, k.cpu(), replace(got, mean=got.mean.cpu(), start=got.start.cpu(), doc=got.doc.cpu()))
 
 
-@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("device", TRITON_ON)
+def test_more_rows_than_a_launch_takes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(((20,), (9, 11), (-4, 16)), 4, 2, 2, 1, 16, queries=8)
+    data = inputs(case, device=device)
+    want = gate_routes(case, data.q, data.k, by="triton")
+    monkeypatch.setattr(triton_route, "MOST_PAIRS", 2)
+    got = gate_routes(case, data.q, data.k, by="triton")
+    assert torch.equal(got.index, want.index)
+
+
+@pytest.mark.parametrize("device", TRITON_ON)
 def test_strided_keys_and_queries(device: str) -> None:
     """Heads inside tokens, and a last dimension that is not dense."""
     data = inputs(PACKED, device=device)
@@ -172,12 +182,13 @@ def test_operators_are_what_they_say() -> None:
 def test_only_the_triton_backend_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unmeasured kernel is nobody's silent default; beyond what it can, the backend keeps torch's gate."""
     case = replace(PACKED, rows=((40,),))
-    assert {b: gates.gate_of(b, case.problem()) for b in BACKENDS} == {
-        b: "triton" if b == "triton" else "torch" for b in BACKENDS
+    q = inputs(case).q
+    assert {b: gates.gate_of(b, q, case.pattern) for b in ("auto", *BACKENDS)} == {
+        b: "triton" if b == "triton" else "torch" for b in ("auto", *BACKENDS)
     }
-    assert gates.gate_of("triton", replace(case, top_k=triton_runs.MOST_READS + 2).problem()) == "torch"
-    assert gates.gate_of("triton", case.problem(torch.float64)) == "torch"
-    assert gates.gate_of("triton", case.full.problem()) == "torch"
+    assert gates.gate_of("triton", q, MoBA(8, triton_runs.MOST_READS + 2)) == "torch"
+    assert gates.gate_of("triton", q.double(), case.pattern) == "torch"
+    assert gates.gate_of("triton", q, Full()) == "torch"
     if not torch.cuda.is_available():
         kinds: list[str] = []
         monkeypatch.setattr("mobazoo.attention.api.route_by", lambda *a: kinds.append(a[0]) or route_by(*a))

@@ -84,3 +84,13 @@ def test_slabs_cover_everything_within_their_bytes(monkeypatch: pytest.MonkeyPat
         assert tokens == list(range(60))
         per_token = 2 * 2 * (64 + triton_slabs._BYTES_PER_READ)
         assert all(s.tokens == 1 or s.tokens * per_token <= limit for _, parts in found for s in parts)
+
+
+def test_parts_are_even_and_large_blocks_take_half() -> None:
+    limit, per_token = triton_slabs.SLAB_BYTES, 1 << 10
+    assert triton_slabs.cut(32, 1 << 19, per_token, 128) == (1, 1 << 19)
+    assert triton_slabs.cut(32, (1 << 19) + 1, per_token, 128) == (1, (1 << 18) + 1)
+    assert triton_slabs.cut(32, (1 << 19) + 1, per_token, 4096) == (1, ((1 << 19) + 1 + 2) // 3)
+    assert triton_slabs.cut(10, limit // per_token // 4, per_token, 128) == (4, limit // per_token // 4)
+    assert triton_slabs.cut(65536, 1, 1, 128) == (32768, 1)  # a launch has 65,535 programs side by side
+    assert triton_slabs.cut(9, limit // per_token // 4, per_token, 128) == (3, limit // per_token // 4)

@@ -1,7 +1,11 @@
 """Compiles the Triton kernels to PTX without a GPU, as the launches would. Run by ``test_triton_compiles``.
 
-Prints one line a kernel: name, bytes of shared memory, bytes that the table of tiles says, registers that did not fit
-(spilled bytes), seconds. In a process of its own, because Triton decides when it is imported whether it interprets.
+    python -m tests.attention.triton_compile 90 bf16 128 128 7   capability, dtype, head dim, block size, reads
+    python -m tests.attention.triton_compile 90                  a table of dtypes and head dims
+
+Prints one line a kernel: name, bytes of shared memory, bytes that the table of tiles says, bytes of registers that did
+not fit (spilled), registers, seconds. In a process of its own, because Triton decides when it is imported whether it
+interprets.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +68,10 @@ def held_by(kernels: str, capability: int, dim: int, itemsize: int, block_size: 
     return replace(found, **{"rows" if kernels == "keys" else "stream": min(streamed, power_of_two(block_size))})
 
 
-def main(capability: int, element: str, dim: int, block_size: int, reads: int) -> None:
+def compiled(
+    capability: int, element: str, dim: int, block_size: int, reads: int
+) -> Iterator[tuple[str, int, int, int, int, float]]:
+    """Of each kernel what a line says."""
     itemsize = 4 if element == "fp32" else 2
     for kernel, kernels in KERNELS.items():
         held = held_by(kernels, capability, dim, itemsize, block_size, reads)
@@ -85,12 +93,11 @@ def main(capability: int, element: str, dim: int, block_size: int, reads: int) -
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         seconds = time.perf_counter() - begin
         counted = shared_bytes(kernels, power_of_two(dim), itemsize, held)
-        spills = spilled(built.asm["ptx"], capability)
-        print(kernel.__name__, built.metadata.shared, counted, spills, f"{seconds:.1f}", flush=True)
+        yield kernel.__name__, built.metadata.shared, counted, *registers(built.asm["ptx"], capability), seconds
 
 
-def spilled(ptx: str, capability: int) -> int:
-    """Bytes of spill stores, by the assembler that comes with Triton."""
+def registers(ptx: str, capability: int) -> tuple[int, int]:
+    """Bytes of spill stores and registers of a thread, by the assembler that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
     with tempfile.TemporaryDirectory() as folder:
@@ -98,9 +105,27 @@ def spilled(ptx: str, capability: int) -> int:
         text.write_text(ptx)
         command = [str(tool), "-v", f"--gpu-name={arch}", str(text), "-o", str(text.with_suffix(".cubin"))]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = re.search(r"(\d+) bytes spill stores", said)
-    return int(found[1]) if found else 0
+    spills, used = (re.search(pattern, said) for pattern in (r"(\d+) bytes spill stores", r"Used (\d+) registers"))
+    return int(spills[1]) if spills else 0, int(used[1]) if used else 0
+
+
+def table(capability: int) -> None:
+    """Registers of a thread by kernel, and the bytes that did not fit in brackets, with block 128 and 7 reads."""
+    for element in ("bf16", "fp32"):
+        for dim in (64, 96, 128, 256):
+            found = {name: (used, spill) for name, _, _, spill, used, _ in compiled(capability, element, dim, 128, 7)}
+            if (element, dim) == ("bf16", 64):
+                print(
+                    f"| dtype, head dim | {' | '.join(f'`{name}`' for name in found)} |", "| --- " * 9 + "|", sep="\n"
+                )
+            cells = (f"{used} ({spill})" if spill else str(used) for used, spill in found.values())
+            print(f"| {element}, {dim} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+    capability, *rest = sys.argv[1:]
+    if rest:
+        for *line, seconds in compiled(int(capability), rest[0], *map(int, rest[1:])):
+            print(*line, f"{seconds:.1f}", flush=True)
+    else:
+        table(int(capability))

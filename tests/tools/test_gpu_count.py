@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.gpu_count import page, parts, rounds, selections
+from tools.gpu_count import memory, page, parts, rounds, selections
 from tools.gpu_shapes import SHAPES
 
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -22,6 +22,12 @@ def test_passes_add_up_to_the_shapes_own_count(name: str) -> None:
     if shape.backward:  # seven products where the forward has two
         backward = found["dq, routed"].tensor + found["dq, own"].tensor + found["dk and dv"].tensor
         assert backward == 3.5 * forward
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_memory_is_within_the_target(name: str) -> None:
+    ours, full = memory(SHAPES[name])
+    assert ours <= 1.13 * full  # of 1.15
 
 
 def test_rounds_fall_from_all_to_few() -> None:

@@ -23,6 +23,13 @@ log = logging.getLogger("mobazoo.attention")
 _Call = Callable[..., tuple[Tensor, Tensor | None]]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# Options of FlexAttention's kernels on CUDA, by compute capability, head dim and bytes of a number, where they were
+# measured to be better than its own; `tools/gpu_report.sh --section flex` prints rows. No GPU has been measured yet.
+TUNED: dict[tuple[str, int, int], dict[str, int]] = {}
+
+# Fewer queries are computed by another kernel, with tiles of its own.
+_MANY = 128
+
 # Triton multiplies tiles of at least 16; wider heads than 256 have no tuned configuration.
 _CUDA_HEAD_DIMS = range(16, 257)
 
@@ -86,6 +93,7 @@ def _run(
     # All that a compilation is for: what FlexAttention or the compiler fix, and which sizes are 1 or the same.
     key = (
         *(q.device, q.dtype, hq, hkv, dim, scale, want_lse, q.requires_grad, k.requires_grad, v.requires_grad),
+        *sorted((_options(q) or {}).items()),
         *(mask.BLOCK_SIZE, mask.mask_mod.__code__, *_constants(mask), mask.kv_indices.shape[1] == 1, length == slots),
         *(n == 1 for n in (batch, length, slots, *mask.kv_indices.shape[2:])),
     )
@@ -95,15 +103,28 @@ def _run(
 def _call(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, want_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    # A partition smaller than a tile keeps the CPU from its decoding kernel, which returns uninitialised memory for
-    # queries that read nothing.
-    options: Any = {"PARTITION_SIZE": 1} if q.device.type == "cpu" else None
+    options: Any = _options(q)
     if not want_lse:
         return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options), None
     out, aux = flex_attention(
         q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options, return_aux=AuxRequest(lse=True)
     )
     return out, aux.lse
+
+
+def _options(q: Tensor) -> dict[str, int] | None:
+    if q.device.type == "cpu":
+        # A partition smaller than a tile keeps the CPU from its decoding kernel, which returns uninitialised memory for
+        # queries that read nothing.
+        return {"PARTITION_SIZE": 1}
+    if not TUNED or q.shape[2] < _MANY:
+        return None
+    return TUNED.get((_capability(), q.shape[3], q.element_size()))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability() -> str:
+    return "{}.{}".format(*torch.cuda.get_device_capability())
 
 
 def _constants(mask: BlockMask) -> tuple[int, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from mobazoo.attention.kernels import triton_gate
 from mobazoo.attention.kernels.slabs import dense
+from mobazoo.attention.kernels.triton_slabs import MOST_PAIRS
 from mobazoo.attention.kernels.triton_tiles import gate_tiles, power_of_two
 from mobazoo.attention.triton_runs import begin
 
@@ -28,13 +31,20 @@ def means(k: Tensor, start: Tensor, block_size: int) -> Tensor:
     mean = torch.empty(batch, heads, blocks, dim, dtype=k.dtype, device=k.device)
     if mean.numel():
         with torch.cuda.device_of(k):  # Triton launches on the current device
-            triton_gate.means[(blocks, batch * heads)](
-                *(k, start.contiguous(), mean, *k.stride()[:3], blocks, block_size, heads),
-                D=dim,
-                DP=power_of_two(dim),
-                BM=min(_MEAN_ROWS, power_of_two(block_size)),
-            )
+            for rows in _rows(batch, heads):
+                triton_gate.means[(blocks, mean[rows].shape[0] * heads)](
+                    *(k[rows], start[rows].contiguous(), mean[rows], *k.stride()[:3], blocks, block_size, heads),
+                    D=dim,
+                    DP=power_of_two(dim),
+                    BM=min(_MEAN_ROWS, power_of_two(block_size)),
+                )
     return mean
+
+
+def _rows(batch: int, heads: int) -> Iterator[slice]:
+    """Rows of a batch, as many in a launch as may be."""
+    step = max(1, MOST_PAIRS // heads)
+    return (slice(b, min(b + step, batch)) for b in range(0, batch, step))
 
 
 def choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) -> None:
@@ -54,14 +64,15 @@ def choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) 
     group = hq // heads
     held = gate_tiles(dim, q.element_size(), group * length, reads, blocks, q.device)
     with torch.cuda.device_of(q):
-        triton_gate.gate[(-(-group * length // held.rows), batch * heads)](
-            *(q, mean, first.contiguous(), stop.contiguous(), index, *q.stride()[:3], *mean.stride()[:3]),
-            *(length, blocks, heads, group, reads),
-            D=dim,
-            DP=power_of_two(dim),
-            BM=held.rows,
-            BN=held.stream,
-            KEPT=1 << (reads - 1).bit_length(),
-            num_warps=held.warps,
-            num_stages=held.stages,
-        )
+        for rows in _rows(batch, heads):
+            triton_gate.gate[(-(-group * length // held.rows), q[rows].shape[0] * heads)](
+                *(q[rows], mean[rows], first[rows].contiguous(), stop[rows].contiguous(), index[rows]),
+                *(*q.stride()[:3], *mean.stride()[:3], length, blocks, heads, group, reads),
+                D=dim,
+                DP=power_of_two(dim),
+                BM=held.rows,
+                BN=held.stream,
+                KEPT=1 << (reads - 1).bit_length(),
+                num_warps=held.warps,
+                num_stages=held.stages,
+            )

@@ -11,8 +11,13 @@ from torch import Tensor
 
 from mobazoo.attention.kernels import triton_lists
 
-# Partial results and lists of one slab.
+# Partial results and lists of one slab. Reading a large block is so much work that half of it keeps a GPU busy for
+# milliseconds; with small blocks smaller slabs would have the GPU wait for launches.
 SLAB_BYTES = 512 << 20
+_LARGE_BLOCK = 1024
+
+# Programs side by side in the second dimension of a launch, which CUDA bounds: one for each pair.
+MOST_PAIRS = 65535
 
 # Of a read beside its partial result: log-sum-exp, the sort's keys and numbers twice over, its block.
 _BYTES_PER_READ = 48
@@ -102,20 +107,41 @@ class Slab:
     tokens: int
 
 
+def cut(pairs: int, queries: int, per_token: int, block_size: int) -> tuple[int, int]:
+    """How many pairs, and how many of their tokens, share a slab: several pairs, or a part of one that is too large.
+
+    Args:
+        pairs: rows times key heads.
+        queries: tokens of each.
+        per_token: bytes that a pair's token needs.
+        block_size: tokens in a block.
+    """
+    budget = SLAB_BYTES // 2 if block_size >= _LARGE_BLOCK else SLAB_BYTES
+    per_token = max(1, per_token)
+    most = min(MOST_PAIRS, budget // (per_token * queries))
+    return _evenly(pairs, most), _evenly(queries, budget // per_token)
+
+
+def _evenly(number: int, most: int) -> int:
+    """The size of as few parts as ``most`` allows, all about the same."""
+    return -(-number // -(-number // max(1, most)))
+
+
+def token_bytes(group: int, width: int, row_bytes: int) -> int:
+    """Bytes of partial results and lists that one token of a pair needs, ``row_bytes`` for each partial result."""
+    return group * width * (row_bytes + _BYTES_PER_READ)
+
+
 def slabs(layout: Layout, group: int, row_bytes: int) -> Iterator[tuple[Slab, list[Slab]]]:
     """Some pairs with all their tokens, and the same cut so that partial results stay within ``SLAB_BYTES``.
-
-    Several pairs at once, or one pair cut by tokens where it is too large alone.
 
     Args:
         layout: documents and routes.
         group: query heads of a key head.
         row_bytes: bytes of one partial result.
     """
-    per_token = group * layout.width * (row_bytes + _BYTES_PER_READ)
     pairs, queries = layout.pairs, layout.queries
-    together = max(1, min(pairs, SLAB_BYTES // max(1, per_token * queries)))
-    step = queries if per_token * queries <= SLAB_BYTES else max(1, SLAB_BYTES // per_token)
+    together, step = cut(pairs, queries, token_bytes(group, layout.width, row_bytes), layout.block_size)
     for pair in range(0, pairs, together):
         some = min(together, pairs - pair)
         whole = Slab(pair, some, 0, queries)

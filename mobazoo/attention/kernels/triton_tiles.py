@@ -30,11 +30,20 @@ MEASURED: dict[tuple[str, str, int, int], Tiles] = {}
 # Capabilities whose programs have the same shared memory and tensor cores as another's.
 _LIKE = {"8.9": "8.6"}
 
-# By bytes of one row of a head, ascending. All fit the 99 KiB of shared memory that a program may have on compute
-# capability 8.6, and few registers are spilled or none.
-_ATTENTION = ((128, Tiles(128, 64, 8)), (256, Tiles(64, 64, 8)), (512, Tiles(64, 16, 8)), (1024, Tiles(32, 16, 8, 1)))
-_GATE = ((256, Tiles(64, 64, 4)), (512, Tiles(32, 32, 4)), (1024, Tiles(32, 16, 4)))
-DEFAULT = {"forward": _ATTENTION, "backward": _ATTENTION, "keys": _ATTENTION, "gate": _GATE}
+_Table = dict[int, tuple[tuple[int, Tiles], ...]]
+
+# By bytes of a number, then by head dim up to which they hold. All fit the 99 KiB of shared memory that a program may
+# have on compute capability 8.6, and few registers are spilled or none. float32 multiplies without tensor cores, where
+# every operand is in a register: its tiles are smaller.
+_ATTENTION: _Table = {
+    2: ((64, Tiles(128, 64, 8)), (128, Tiles(64, 64, 8)), (256, Tiles(64, 16, 8))),
+    4: ((64, Tiles(64, 16, 8)), (128, Tiles(32, 16, 8)), (256, Tiles(32, 16, 8, 1))),
+}
+_GATE: _Table = {
+    2: ((128, Tiles(64, 64, 4)), (256, Tiles(32, 32, 4))),
+    4: ((32, Tiles(64, 64, 4)), (64, Tiles(64, 32, 8)), (128, Tiles(32, 32, 4)), (256, Tiles(32, 16, 4))),
+}
+DEFAULT: dict[str, _Table] = {"forward": _ATTENTION, "backward": _ATTENTION, "keys": _ATTENTION, "gate": _GATE}
 
 # Bytes of shared memory that a program may have, by compute capability; unknown ones get the least.
 SHARED = {"8.0": 163 << 10, "8.6": 99 << 10, "8.9": 99 << 10, "9.0": 227 << 10}
@@ -80,7 +89,7 @@ def entry(kernels: str, dim: int, itemsize: int, name: str) -> Tiles:
     for known in (name, _LIKE.get(name)):
         if (row := MEASURED.get((known or "", kernels, width, itemsize))) is not None:
             return row
-    return next(row for most, row in DEFAULT[kernels] if width * itemsize <= most)
+    return next(row for most, row in DEFAULT[kernels][itemsize] if width <= most)
 
 
 @cache
