@@ -54,10 +54,10 @@ def test_a_common_part_of_the_values_costs_no_digits(monkeypatch: pytest.MonkeyP
 
 def test_only_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    assert products_pay(torch.bfloat16, queries=256, keys=256)
-    assert not products_pay(torch.float32, queries=256, keys=256)
-    assert not products_pay(torch.float16, queries=256, keys=256)
-    assert not products_pay(torch.bfloat16, queries=255, keys=256)
-    assert not products_pay(torch.bfloat16, queries=256, keys=257)
+    assert products_pay(torch.bfloat16, queries=256, keys=512)
+    assert not products_pay(torch.float32, queries=256, keys=512)
+    assert not products_pay(torch.float16, queries=256, keys=512)
+    assert not products_pay(torch.bfloat16, queries=255, keys=512)
+    assert not products_pay(torch.bfloat16, queries=256, keys=513)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert not products_pay(torch.bfloat16, queries=256, keys=256)
+    assert not products_pay(torch.bfloat16, queries=256, keys=512)
