@@ -106,9 +106,8 @@ def generate(
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
     writer, write_text = _Writer(tokenizer, write), cast(Callable[..., Tensor], model.generate)
-    options = {"prefill_chunk": recipe.prefill_chunk, "offload": recipe.offload, **_sampling(recipe)}
-    options["return_dict_in_generate"] = False
-    output = write_text(**inputs, max_new_tokens=recipe.max_new_tokens, streamer=writer, **options)
+    options = {"prefill_chunk": recipe.prefill_chunk, "offload": recipe.offload, "return_dict_in_generate": False}
+    output = write_text(**inputs, max_new_tokens=recipe.max_new_tokens, streamer=writer, **options, **_sampling(recipe))
     start, first, last = (*writer.times, writer.times[-1])[:3]
     new = output.shape[1] - length
     return Report(

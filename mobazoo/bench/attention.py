@@ -26,8 +26,6 @@ from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.problem import Problem
 from mobazoo.bench.ratios import ratios, speedup
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(frozen=True)
 class Case:
@@ -43,6 +41,11 @@ class Case:
     query_heads: int = 4
     key_heads: int = 2
     head_dim: int = 64
+
+    def torch_dtype(self) -> torch.dtype:
+        """Its dtype as torch has it."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
 
     def label(self) -> str:
         """The case in a few words."""
@@ -88,7 +91,7 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
     def draw(heads: int) -> Tensor:
         x = torch.randn(case.batch, heads, case.length, case.head_dim, generator=generator)
-        return x.to(DTYPES[case.dtype]).requires_grad_(case.backward)
+        return x.to(case.torch_dtype()).requires_grad_(case.backward)
 
     return draw(case.query_heads), draw(case.key_heads), draw(case.key_heads)
 
@@ -152,7 +155,7 @@ def _backend_of(case: Case, pattern: Pattern) -> str:
     if isinstance(pattern, MoBA) and pattern.covers(case.length):
         pattern = Full()
     problem = Problem(
-        pattern, "cpu", DTYPES[case.dtype], case.head_dim, case.backward, queries=case.length, slots=case.length
+        pattern, "cpu", case.torch_dtype(), case.head_dim, case.backward, queries=case.length, slots=case.length
     )
     return f"auto: {choose(problem)[0]}"
 

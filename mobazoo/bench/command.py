@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
@@ -16,11 +16,13 @@ from rich.table import Table
 from mobazoo.bench import decode
 from mobazoo.bench.attention import Case, Result, measured, stages, suite_cpu
 from mobazoo.bench.page import bench_page, described
+from mobazoo.config.dtypes import Dtype
 from mobazoo.errors import InputError, MobazooError
 from mobazoo.files import check_writable, write_whole
 from mobazoo.results import machine
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+_OF_A_CASE = ("length", "block_size", "top_k", "dtype", "backward", "backend")
 
 
 @app.command(
@@ -35,7 +37,7 @@ def main(
     length: Annotated[int, typer.Option(min=1, help="Tokens of the row.")] = 32768,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = 512,
     top_k: Annotated[int, typer.Option(min=1, help="Blocks a query reads, its own included.")] = 3,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of q, k and v.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Of q, k and v.")] = "float32",
     backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward.")] = False,
     backend: Annotated[str, typer.Option(help="auto, or a backend by name.")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
@@ -47,6 +49,8 @@ def main(
     """Times MoBA against full causal attention on this machine's CPU and prints where the time goes."""
     console = Console(width=None if sys.stdout.isatty() else 200)  # a table in a file is not cut to 80 columns
     try:
+        if suite not in ("", "cpu", "decode"):
+            raise InputError(f"bench: unknown suite {suite!r}; known: cpu, decode")
         if suite and (given := _given(context)):
             raise InputError(f"bench: --suite {suite} has cases of its own; leave out {', '.join(given)}")
         for path in (json_path, markdown):
@@ -56,8 +60,6 @@ def main(
         if suite == "decode":  # its own rivals and table
             decode.run(console, rounds, json_path, markdown, dry_run)
             return
-        if suite not in ("", "cpu"):
-            raise InputError(f"bench: unknown suite {suite!r}; known: cpu, decode")
         one = Case(length, block_size, top_k, dtype, backward, backend)
         cases = list(suite_cpu()) if suite else [(one, "")]
         if dry_run:
@@ -90,7 +92,6 @@ def _given(context: typer.Context) -> list[str]:
     ]
 
 
-_OF_A_CASE = ("length", "block_size", "top_k", "dtype", "backward", "backend")
 HEADER = ("case", "backend", "full ms", "MoBA ms", "times faster", "range", "bound")
 
 

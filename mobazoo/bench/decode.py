@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mobazoo.attention import Full, MoBA, Routes, attend, route
 from mobazoo.bench.attention import seconds
 from mobazoo.bench.page import bench_page, described
+from mobazoo.bench.ratios import ratios
 from mobazoo.files import write_whole
 from mobazoo.nn.cache_layer import MobaCacheLayer
 from mobazoo.nn.rows import Rows
@@ -60,18 +61,17 @@ class Line:
     def ratios(self) -> list[float]:
         """Rival's time over ours for speed, ours over the rival's where the bound is on a slowdown."""
         slower = self.bound.startswith("<=")
-        return [a / b if slower else b / a for a, b in zip(self.ours, self.theirs, strict=True)]
+        return ratios(self.ours, self.theirs) if slower else ratios(self.theirs, self.ours)
 
     def cells(self) -> tuple[str, ...]:
         """A row of the table."""
-        ratios = self.ratios
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        spread = f"{min(self.ratios):.2f} to {max(self.ratios):.2f}"
         return (
             self.name,
             f"{median(self.ours):.2f}",
             self.rival,
             f"{median(self.theirs):.2f}",
-            f"{median(ratios):.2f}",
+            f"{median(self.ratios):.2f}",
             spread,
             self.bound,
         )

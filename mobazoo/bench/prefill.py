@@ -39,6 +39,7 @@ def time_prefill(recipe: BenchRecipe, progress: Callable[[str, int, int], None])
             ``dest``.
     """
     recipe.check()
+    parts, rows = Parts(recipe.dest, recipe, recipe.model, lasting(machine())), []
     model = ready_model(recipe.model, attention=recipe.attention, device=recipe.device, dtype=recipe.dtype)
     limit = model.config.max_position_embeddings
     if max(recipe.lengths) > limit:
@@ -50,7 +51,6 @@ def time_prefill(recipe: BenchRecipe, progress: Callable[[str, int, int], None])
             f"bench.attention: no layer of {recipe.model} has MoBA, so there is nothing to compare; convert it, or "
             "give rules like attention='[{pattern: moba, block_size: 512, top_k: 3}]'"
         )
-    parts, rows = Parts(recipe.dest, recipe, recipe.model, lasting(machine())), []
     each = recipe.rounds + 1
 
     def told(number: int, count: int) -> None:

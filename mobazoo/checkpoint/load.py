@@ -18,7 +18,7 @@ from mobazoo.checkpoint.family import family_of, skeleton, zoo_config
 from mobazoo.checkpoint.folder import Folder, inside, open_folder, read_json
 from mobazoo.checkpoint.hub import locate
 from mobazoo.checkpoint.manifest import check_manifest
-from mobazoo.config.convert import DTYPES
+from mobazoo.config.dtypes import DTYPES
 from mobazoo.config.rules import LayerAttention
 from mobazoo.errors import InputError, UnsupportedError
 from mobazoo.nn.causal_lm import MobaForCausalLM

@@ -9,15 +9,33 @@ from collections.abc import Callable
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from mobazoo._version import __version__
 from mobazoo.cli import verbs
 from mobazoo.errors import MobazooError, Stopped
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143
+# What all errors in words of a command line are: click's UsageError, which some releases of typer have inside.
+_USAGE = cast(Any, typer.BadParameter).__mro__[1]
+
+
+class OneLine(TyperGroup):
+    """A command line that says what is wrong with its words as verbs say theirs, without a box."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Runs it and leaves with its exit code."""
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except _USAGE as error:
+            if said := " ".join(error.format_message().split()):  # nothing where help was printed instead
+                where = error.ctx.command_path if error.ctx is not None else "mobazoo"
+                typer.echo(f"error: {said.rstrip('.')}; {where} --help says what there is", err=True)
+            code = USER_ERROR
+        sys.exit(code)
 
 
 def discover() -> dict[str, ModuleType]:
@@ -52,7 +70,11 @@ def mobazoo(
 def build() -> typer.Typer:
     """The whole command line."""
     built = typer.Typer(
-        add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
+        cls=OneLine,
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
     )
     built.callback(epilog="Example: mobazoo show llama3.1-8b")(mobazoo)
     for name, module in discover().items():

@@ -16,7 +16,7 @@ from mobazoo.checkpoint.folder import CONFIG, inside, read_json
 from mobazoo.checkpoint.hub import locate
 from mobazoo.checkpoint.ready import chosen
 from mobazoo.cli.output import count, size, tokens
-from mobazoo.config.convert import DTYPES
+from mobazoo.config.dtypes import DTYPES
 from mobazoo.config.models import model_entry, model_names
 from mobazoo.config.recipe import parse_recipe
 from mobazoo.config.rules import LayerAttention

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mobazoo.config.dtypes import DTYPES
 from mobazoo.config.rope import EXTENSIONS
 from mobazoo.config.rules import parse_rules
 from mobazoo.errors import InputError
 
 DIRECTIONS = ("zoo", "hf")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mobazoo.config.convert import DTYPES
+from mobazoo.config.dtypes import DTYPES
 from mobazoo.config.rules import parse_rules
 from mobazoo.errors import InputError
 

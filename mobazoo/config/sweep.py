@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mobazoo.attention.pattern import MoBA
+from mobazoo.config.dtypes import DTYPES
 from mobazoo.config.keys import nearest
 from mobazoo.errors import InputError
 
 MODES = ("prefill", "train", "decode")
-DTYPES = ("float32", "bfloat16", "float16")
 RIVALS = ("sdpa", "flash-attn", "naive")
 
 

@@ -13,7 +13,7 @@ from mobazoo.errors import InputError
 from mobazoo.extras import require
 
 DECAYS = ("cosine", "linear", "constant")
-DTYPES = ("float32", "bfloat16")
+TRAINED_IN = ("float32", "bfloat16")  # nothing scales the loss as float16 needs it
 DEVICES = ("auto", "cpu")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -215,7 +215,7 @@ class TrainRecipe:
             )
 
     def _check_choices(self) -> None:
-        choices = (("decay", DECAYS), ("dtype", DTYPES), ("device", DEVICES), ("to", DIRECTIONS))
+        choices = (("decay", DECAYS), ("dtype", TRAINED_IN), ("device", DEVICES), ("to", DIRECTIONS))
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise InputError(f"train.{name}: want one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -10,7 +10,7 @@ from mobazoo.checkpoint.tokenizer import load_tokenizer
 from mobazoo.config.eval import EvalRecipe
 from mobazoo.errors import InputError
 from mobazoo.eval.choices import block_choices
-from mobazoo.eval.harness import measure_tasks
+from mobazoo.eval.harness import find_tasks, measure_tasks
 from mobazoo.eval.loss import measure_loss
 from mobazoo.eval.recall import measure_recall
 from mobazoo.eval.texts import read_texts
@@ -32,7 +32,9 @@ def evaluate(recipe: EvalRecipe, progress: Callable[[str, int, int], None]) -> d
     """
     recipe.check()
     recipe.require()
+    tasks = find_tasks(recipe.lm_eval) if recipe.lm_eval is not None else {}
     tokenizer = load_tokenizer(recipe.model)
+    settings, parts = recipe.named_settings(), Parts(recipe.dest, recipe, recipe.model)
     found: dict[str, Any] = {}
     texts = None
     if recipe.loss is not None or recipe.choices is not None:
@@ -44,7 +46,6 @@ def evaluate(recipe: EvalRecipe, progress: Callable[[str, int, int], None]) -> d
     limit = model.config.max_position_embeddings
     if texts is not None and recipe.length > limit:
         raise InputError(f"eval.length: want at most {limit}, the positions of {recipe.model}, got {recipe.length}")
-    settings, parts = recipe.named_settings(), Parts(recipe.dest, recipe, recipe.model)
     if texts is not None and recipe.loss is not None:
         ids, task = texts.ids, recipe.loss
         found["loss"] = parts.get("loss", lambda: measure_loss(model, ids, settings, task, recipe.batch, progress))
@@ -55,7 +56,7 @@ def evaluate(recipe: EvalRecipe, progress: Callable[[str, int, int], None]) -> d
     if recipe.recall is not None:
         found["recall"] = measure_recall(model, tokenizer, recipe, parts, progress)
     if recipe.lm_eval is not None:
-        found["lm_eval"] = measure_tasks(model, tokenizer, recipe, parts, progress)
+        found["lm_eval"] = measure_tasks(model, tokenizer, recipe, tasks, parts, progress)
     if recipe.dest is not None:
         write_result(recipe.dest, "eval", recipe, found)
         parts.done()

@@ -32,8 +32,33 @@ _LENGTHS = "eval.lm_eval.synthetic.lengths"
 _CALLS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
+def find_tasks(asked: LmEvalTask) -> dict[str, Any]:
+    """The task manager of lm-eval that knows each task that is named; its own thousands of files are read last.
+
+    Raises:
+        InputError: a task that is not there.
+    """
+    if not asked.tasks:
+        return {}
+    own = [] if asked.include is None else [str(Path(asked.include).expanduser())]
+    manager = _manager(own, defaults=not own)
+    if not set(asked.tasks) <= set(manager.all_tasks):
+        manager = _manager(own, defaults=True)
+    for name in asked.tasks:
+        if name not in manager.all_tasks:
+            where = f" or {asked.include}" if asked.include is not None else ""
+            hint = nearest(name, manager.all_tasks, "`lm_eval ls tasks` lists lm-eval's")
+            raise InputError(f"eval.lm_eval.tasks: unknown task {name!r} in lm-eval{where}; {hint}")
+    return dict.fromkeys(asked.tasks, manager)
+
+
 def measure_tasks(
-    model: MobaForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: EvalRecipe, parts: Parts, progress: Progress
+    model: MobaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: EvalRecipe,
+    named: Mapping[str, Any],
+    parts: Parts,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Every task under every setting, through lm-eval's own Hugging Face model object.
 
@@ -41,6 +66,7 @@ def measure_tasks(
         model: in eval mode.
         tokenizer: the model's.
         recipe: with ``lm_eval``.
+        named: as ``find_tasks`` gave them.
         parts: tasks that were measured before, and where new ones are kept.
         progress: told ``("lm-eval, <setting>", tasks done, tasks)``.
 
@@ -49,18 +75,17 @@ def measure_tasks(
         (None where lm-eval gives no standard error).
 
     Raises:
-        InputError: a task that is not there or does not load, texts that are too short.
+        InputError: a task that does not load, texts that are too short.
     """
     asked = recipe.lm_eval
     assert asked is not None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is loaded already
     found: dict[str, Any] = {}
     with TemporaryDirectory(prefix="mobazoo-tasks-") as folder:
-        names = list(asked.tasks)
+        tasks = dict(named)
         if asked.synthetic is not None:
             haystack = Haystack.read(recipe.data, tokenizer, max(asked.synthetic.lengths), where=_LENGTHS)
-            names += write_tasks(Path(folder), model, tokenizer, haystack, asked.synthetic)
-        manager = _manager(asked, names, folder)
+            written = write_tasks(Path(folder), model, tokenizer, haystack, asked.synthetic)
+            tasks |= dict.fromkeys(written, _manager([folder], defaults=False))
         wrapped = import_module("lm_eval.models.huggingface").HFLM(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=recipe.batch
         )
@@ -69,10 +94,10 @@ def measure_tasks(
         for name, rules in recipe.named_settings().items():
             found[name] = {}
             with setting(model, rules):
-                for done, task in enumerate(names, 1):
+                for done, (task, manager) in enumerate(tasks.items(), 1):
                     key = f"lm_eval {name} {task}"
                     found[name] |= parts.get(key, partial(_evaluated, wrapped, manager, task, asked.limit))
-                    progress(f"lm-eval, {name}", done, len(names))
+                    progress(f"lm-eval, {name}", done, len(tasks))
     return {"version": version("lm_eval"), "settings": found}
 
 
@@ -139,19 +164,9 @@ def _task_file(name: str, data: Path, folder: Path, most: int) -> str:
     return f"{yaml.safe_dump(said, sort_keys=False)}process_results: !function {__name__}.{found_answers.__name__}\n"
 
 
-def _manager(asked: LmEvalTask, names: Sequence[str], folder: str) -> Any:
-    """lm-eval's task manager; its own thousands of files are read only where a name asks for them."""
-    make = import_module("lm_eval.tasks").TaskManager
-    places = [folder, *([str(Path(asked.include).expanduser())] if asked.include is not None else [])]
-    manager = make(include_path=places, include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):
-        manager = make(include_path=places)
-    for name in names:
-        if name not in manager.all_tasks:
-            where = f" or {asked.include}" if asked.include is not None else ""
-            hint = nearest(name, manager.all_tasks, "`lm_eval ls tasks` lists lm-eval's")
-            raise InputError(f"eval.lm_eval.tasks: unknown task {name!r} in lm-eval{where}; {hint}")
-    return manager
+def _manager(places: Sequence[str], *, defaults: bool) -> Any:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is loaded already
+    return import_module("lm_eval.tasks").TaskManager(include_path=list(places), include_defaults=defaults)
 
 
 def _evaluated(wrapped: Any, manager: Any, name: str, limit: int | None) -> dict[str, Any]:

@@ -214,7 +214,9 @@ def test_errors(changes: dict[str, Any], message: str, model: Path, hay: Path, o
     assert refusal(evaluate, asked).startswith(message)
 
 
-def test_an_unknown_task_names_the_nearest(model: Path, hay: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_task_names_the_nearest(
+    hay: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """lm-eval's own thousands of task files are read last, and stand in for here by two."""
     real = harness.import_module("lm_eval.tasks").TaskManager
 
@@ -225,5 +227,5 @@ def test_an_unknown_task_names_the_nearest(model: Path, hay: Path, own: Path, mo
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Few)
     for name, hint in (("arc_esy", "did you mean 'arc_easy'?"), ("zzz", "`lm_eval ls tasks` lists lm-eval's")):
-        said = refusal(evaluate, recipe(model, hay, LmEvalTask([name], str(own))))
+        said = refusal(evaluate, recipe(tmp_path / "no model", hay, LmEvalTask([name], str(own))))  # said first
         assert said == f"eval.lm_eval.tasks: unknown task {name!r} in lm-eval or {own}; {hint}"
