@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -15,6 +15,8 @@ from mobazoo.errors import InputError
 RESULT = "mobazoo"  # the key that tells a result from any other JSON file
 STAGE = "stage"  # the key that says which stage of a run wrote a result
 MARK = ".mobazoo-stage"  # the file that says it of a folder
+# What stands beside a place while it is being filled: a new and an old folder, a training, parts of a measurement.
+NEW, OLD, TRAINING, PARTS = ".{}.mobazoo-new", ".{}.mobazoo-old", "{}.training", ".{}.parts"
 _STAMP = {"digest", "verb", "command", "recipe", "line", "outputs", "seconds"}
 _STAGE: ContextVar[str | None] = ContextVar("stage", default=None)
 
@@ -37,6 +39,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error.strerror}; give another dest") from None
+
+
+def beside(path: Path, name: str) -> Path:
+    """``NEW``, ``OLD``, ``TRAINING`` or ``PARTS`` of a place."""
+    return path.with_name(name.format(path.name))
 
 
 def read_stamp(path: Path) -> dict[str, Any] | None:
@@ -91,28 +98,42 @@ def check_writable(path: Path) -> None:
     Raises:
         InputError: a folder of that name, or no folder that files can be written to.
     """
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir():
+    try:
+        above, folder = next(parent for parent in path.absolute().parents if parent.exists()), path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise InputError(f"{path}: cannot be written: {error.strerror}; give another dest") from None
+    if folder:
         raise InputError(f"{path}: is a folder; give the file to write")
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"{path}: cannot be written: {above} is no folder that takes files; give another dest")
 
 
-def check_result_place(dest: str | None) -> None:
-    """Refuses a place for a JSON result that holds something else than an earlier result, or can hold none.
+def check_place(path: Path, is_earlier: Callable[[str], bool]) -> None:
+    """Refuses a place that holds something else than an earlier file of the kind, or can hold none.
+
+    Args:
+        path: to be written.
+        is_earlier: says of a text whether a file of the kind holds it; may raise ``ValueError`` where it cannot tell.
 
     Raises:
-        InputError: a folder, a file that no ``mobazoo`` wrote as a result, or as ``check_writable``.
+        InputError: a folder, another file, or as ``check_writable``.
     """
-    path = Path(dest).expanduser() if dest is not None else None
-    if path is None:
-        return
     check_writable(path)
     if not path.exists():
         return
     try:
-        said = json.loads(path.read_text("utf-8"))
+        earlier = is_earlier(path.read_text("utf-8"))
     except (OSError, ValueError):
-        said = None
-    if not isinstance(said, Mapping) or RESULT not in said:
+        earlier = False
+    if not earlier:
         raise InputError(f"{path}: exists and is no earlier result, so it is not replaced; choose another dest")
+
+
+def check_result_place(dest: str | Path | None, keys: Collection[str] = (RESULT,)) -> None:
+    """``check_place`` of a JSON result, which has these keys; None is no place and fine."""
+    if dest is not None:
+        check_place(Path(dest).expanduser(), lambda text: _keys(json.loads(text)) >= set(keys))
+
+
+def _keys(said: Any) -> set[str]:
+    return set(said) if isinstance(said, Mapping) else set()

@@ -11,7 +11,7 @@ from typing import Any
 from mobazoo._version import __version__
 from mobazoo.config.recipe import plain
 from mobazoo.errors import InputError
-from mobazoo.files import write_whole
+from mobazoo.files import PARTS, beside, write_whole
 
 
 class Parts:
@@ -40,8 +40,7 @@ class Parts:
         self._kept: dict[str, Any] = {}
         if dest is None:
             return
-        path = Path(dest).expanduser()
-        self._path = path.with_name(f".{path.name}.parts")
+        self._path = beside(Path(dest).expanduser(), PARTS)
         said = {key: value for key, value in plain(recipe).items() if key != "dest"}
         said |= {"mobazoo": __version__, **(about or {})}
         if model is not None:

@@ -34,7 +34,7 @@ def write_result(dest: str | Path, kind: str, recipe: Any, found: Mapping[str, A
         InputError: a place that cannot be written, or holds something else than a result.
     """
     path = Path(dest).expanduser()
-    check_result_place(str(path))
+    check_result_place(path)
     stage = {} if signature() is None else {STAGE: signature()}
     said = {RESULT: kind, **stage, "command": command(), "recipe": plain(recipe), "machine": machine(), **found}
     write_whole(path, json.dumps(said, separators=(",", ":")) + "\n")

@@ -56,6 +56,14 @@ def test_command_writes_json_and_markdown(tmp_path: Path) -> None:
     assert data["machine"]["torch"]
     assert data["results"][0]["speedup"] > 0
     assert "| forward, 512 tokens, block 64, top 2, float32 | auto: flash |" in Path(written[1]).read_text()
+    again = ["--json", written[0], "--markdown", written[1], "--dry-run"]
+    assert CliRunner().invoke(command.app, again).exit_code == 0  # what it wrote may go
+    for option, path in zip(("--json", "--markdown"), written, strict=True):
+        Path(path).write_text('{"results": "of somebody else"}')
+        refused = CliRunner().invoke(command.app, [option, path, "--dry-run"])
+        assert refused.exit_code == 2
+        why = "exists and is no earlier result, so it is not replaced; choose another dest"
+        assert refused.stderr == f"error: {path}: {why}\n"
 
 
 SMALL = decode.Sizes(layers=2, query_heads=4, key_heads=2, head_dim=16, pattern=MoBA(32, 3))

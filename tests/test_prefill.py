@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def test_an_interrupted_prefill_goes_on(plain: Path, tmp_path: Path, monkeypatch
     recipe = BenchRecipe(str(plain), RULES, lengths=[16, 32], rounds=1, dest=str(tmp_path / "time.json"))
     with pytest.raises(KeyboardInterrupt):
         time_prefill(recipe, quiet)
+    with pytest.raises(InputError, match="keeps what an interrupted run of something else measured"):
+        time_prefill(replace(recipe, model="gone"), quiet)  # said before a model is looked for
     assert [row["length"] for row in time_prefill(recipe, quiet)["prefill"]] == [16, 32]
     assert lengths == [16] * 4 + [32] * 5
     assert [path.name for path in tmp_path.iterdir()] == ["time.json"]

@@ -69,6 +69,8 @@ def test_errors(tmp_path: Path) -> None:
         write_result(tmp_path / "file" / "a.json", "bench", BenchRecipe("m"), {})
     with pytest.raises(InputError, match=r"file/a\.json: cannot be written: File exists; give another dest"):
         write_whole(tmp_path / "file" / "a.json", "{}")
+    with pytest.raises(InputError, match="xxx: cannot be written: File name too long; give another dest"):
+        write_result(tmp_path / ("x" * 300), "bench", BenchRecipe("m"), {})
     (tmp_path / "torn.json").write_text("{")
     with pytest.raises(InputError, match=r"torn\.json: cannot be read as JSON"):
         read_results(tmp_path)

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from mobazoo.bench import decode
 from mobazoo.bench.attention import Case, Result, measured, stages, suite_cpu
-from mobazoo.bench.page import bench_page, described
+from mobazoo.bench.page import bench_page, described, is_bench_page
 from mobazoo.config.dtypes import Dtype
 from mobazoo.errors import InputError, MobazooError
-from mobazoo.files import check_writable, write_whole
+from mobazoo.files import check_place, check_result_place, write_whole
 from mobazoo.results import machine
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -53,9 +53,9 @@ def main(
             raise InputError(f"bench: unknown suite {suite!r}; known: cpu, decode")
         if suite and (given := _given(context)):
             raise InputError(f"bench: --suite {suite} has cases of its own; leave out {', '.join(given)}")
-        for path in (json_path, markdown):
-            if path is not None:
-                check_writable(path)
+        check_result_place(json_path, ("machine", "results"))
+        if markdown is not None:
+            check_place(markdown, is_bench_page)
         torch.set_num_threads(threads)
         if suite == "decode":  # its own rivals and table
             decode.run(console, rounds, json_path, markdown, dry_run)

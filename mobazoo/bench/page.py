@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+_WRITTEN = "Written by `python -m mobazoo.bench"
+
 
 def bench_page(
     title: str,
@@ -18,7 +20,7 @@ def bench_page(
 
     Args:
         title: its heading.
-        suite: of ``python -m mobazoo.bench --suite``.
+        suite: of ``python -m mobazoo.bench --suite`` (empty: none).
         about: the machine.
         words: lines on how it was measured.
         header: of the table.
@@ -28,7 +30,7 @@ def bench_page(
     lines = [
         f"# {title}",
         "",
-        f"Written by `python -m mobazoo.bench --suite {suite} --markdown ...`; {described(about)}.",
+        f"{_WRITTEN}{f' --suite {suite}' if suite else ''} --markdown ...`; {described(about)}.",
         "",
         *words,
         "",
@@ -37,6 +39,11 @@ def bench_page(
         *after,
     ]
     return "\n".join(lines) + "\n"
+
+
+def is_bench_page(text: str) -> bool:
+    """Whether ``bench_page`` made it."""
+    return f"\n{_WRITTEN}" in text
 
 
 def described(about: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mobazoo.errors import InputError
-from mobazoo.files import MARK, signature
+from mobazoo.files import MARK, NEW, OLD, beside, signature
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -30,7 +30,7 @@ def staged(dest: Path, *, replace: bool) -> Iterator[Path]:
     Raises:
         InputError: another run is writing the same folder, the disk is full, or the place cannot be written.
     """
-    new, old = dest.with_name(f".{dest.name}.mobazoo-new"), dest.with_name(f".{dest.name}.mobazoo-old")
+    new, old = beside(dest, NEW), beside(dest, OLD)
     with named_errors(dest):
         dest.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(new, dest)

@@ -26,14 +26,15 @@ _USAGE = cast(Any, typer.BadParameter).__mro__[1]
 class OneLine(TyperGroup):
     """A command line that says what is wrong with its words as verbs say theirs, without a box."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
         """Runs it and leaves with its exit code."""
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **{**options, "standalone_mode": False})
         except _USAGE as error:
-            if said := " ".join(error.format_message().split()):  # nothing where help was printed instead
+            if said := " ".join(error.format_message().split()).rstrip("."):  # nothing where help was printed instead
                 where = error.ctx.command_path if error.ctx is not None else "mobazoo"
-                typer.echo(f"error: {said.rstrip('.')}; {where} --help says what there is", err=True)
+                hint = "" if said.endswith("?") else f"; `{where} --help` says what there is"
+                typer.echo(f"error: {said}{hint}", err=True)
             code = USER_ERROR
         sys.exit(code)
 

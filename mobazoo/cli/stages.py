@@ -17,11 +17,10 @@ from mobazoo.cli.work import Outcome, Stage
 from mobazoo.config.recipe import plain
 from mobazoo.config.run import RunRecipe, Step
 from mobazoo.errors import InputError, MobazooError
-from mobazoo.files import read_stamp, signed, stage_of, write_whole
+from mobazoo.files import NEW, OLD, PARTS, TRAINING, beside, read_stamp, signed, stage_of, write_whole
 
-# What stands beside a result while it is made, and goes when it is whole: of any verb, and of some.
-_LEFT = (".{}.mobazoo-new", ".{}.mobazoo-old")
-_LEFT_BY = {"train": ("{}.training",), "eval": (".{}.parts",), "bench": (".{}.parts",)}
+# What goes from beside a result when it is whole, by the verb that made it.
+_LEFT_BY = {"train": (TRAINING,), "eval": (PARTS,), "bench": (PARTS,)}
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ class Planned:
         if self.stamp.exists():
             return
         for dest in _places(outcome.outputs):
-            for name in (*_LEFT, *_LEFT_BY.get(self.step.verb, ())):
-                _remove(dest.with_name(name.format(dest.name)))
+            for name in (NEW, OLD, *_LEFT_BY.get(self.step.verb, ())):
+                _remove(beside(dest, name))
         self._write_stamp(outcome, None)
 
     def run(self) -> tuple[Outcome, float]:

@@ -67,4 +67,6 @@ class GenerateRecipe:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p: want a share above 0 and up to 1, got {self.top_p}")
         if self.top_p is not None and self.temperature == 0:
-            raise InputError(f"top_p: temperature=0 is greedy and samples nothing, got {self.top_p}; leave one of them out")
+            raise InputError(
+                f"top_p: temperature=0 is greedy and samples nothing, got {self.top_p}; leave one of them out"
+            )

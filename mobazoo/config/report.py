@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mobazoo.extras import require
 
@@ -22,6 +23,10 @@ class ReportRecipe:
     dest: str | None = None
     title: str = "MoBA: what it costs and what it saves"
     pictures: bool = True
+
+    def page(self) -> Path:
+        """The HTML file to write."""
+        return Path(self.dest or Path(self.run, "report.html")).expanduser()
 
     def require(self) -> None:
         """Refuses to begin without the libraries it needs.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+_MADE = '<meta name="generator" content="mobazoo report"/>'
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table that scrolls by itself where it is too wide; columns of numbers stand right."""
@@ -49,6 +51,11 @@ def page(title: str, css: str, content: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        '<meta name="color-scheme" content="light dark"/>'
+        f'<meta name="color-scheme" content="light dark"/>{_MADE}'
         f"<title>{escape(title)}</title><style>{css}</style></head><body><main>{content}</main></body></html>\n"
     )
+
+
+def is_page(text: str) -> bool:
+    """Whether ``page`` made it."""
+    return _MADE in text

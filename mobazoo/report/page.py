@@ -9,10 +9,10 @@ from typing import Any
 
 from mobazoo.config.recipe import to_yaml
 from mobazoo.config.report import ReportRecipe
-from mobazoo.files import write_whole
+from mobazoo.files import check_place, write_whole
 from mobazoo.report.collect import Findings, collect
 from mobazoo.report.gallery import Gallery
-from mobazoo.report.html import length_label, more, page, paragraph, section, table
+from mobazoo.report.html import is_page, length_label, more, page, paragraph, section, table
 from mobazoo.report.measured import probes, recalls, tasks
 from mobazoo.report.style import CSS
 from mobazoo.report.times import prefills, sweeps
@@ -24,13 +24,14 @@ def write_report(recipe: ReportRecipe) -> tuple[list[Path], Table]:
     """Writes the page and its plots as pictures; returns the page's path, the pictures' folder and a short table.
 
     Raises:
-        InputError: a folder without results, or a place that cannot be written.
+        InputError: a folder without results, or a place that cannot be written or holds another file.
         UnsupportedError: matplotlib is not installed.
     """
     recipe.require()
     folder = Path(recipe.run).expanduser()
     findings, gallery = collect(folder), Gallery()
-    dest = Path(recipe.dest).expanduser() if recipe.dest else folder / "report.html"
+    dest = recipe.page()
+    check_place(dest, is_page)
     write_whole(dest, render(findings, recipe.title, gallery))
     pictures = dest.parent / f"{dest.stem}-pictures"
     if recipe.pictures:

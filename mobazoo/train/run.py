@@ -26,6 +26,7 @@ from mobazoo.data.stream import Stream
 from mobazoo.data.tokens import Progress, tokenize
 from mobazoo.errors import Stopped
 from mobazoo.explain import groups
+from mobazoo.files import TRAINING, beside
 from mobazoo.train.checkpoints import STATE, check_identity, clear, newest, owned, step_of
 from mobazoo.train.engine import Finite, Runner, Saver, arguments
 from mobazoo.train.evaluate import Losses
@@ -111,7 +112,7 @@ def train(recipe: TrainRecipe, progress: Progress | None = None, log: Log | None
     setup = prepare(recipe)
     _check_files(recipe)
     dest = free_place(recipe.dest, recipe.overwrite)
-    work = dest.with_name(f"{dest.name}.training")
+    work = beside(dest, TRAINING)
     args = arguments(recipe, work)
     first = args.process_index == 0
     with owned(work) if first else nullcontext():

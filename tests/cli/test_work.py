@@ -147,6 +147,9 @@ def test_bench_hands_its_arguments_over() -> None:
     wrong = call("bench", "--suite", "gpu", "--length", 64)
     assert wrong.exit_code == 2
     assert wrong.stderr == "error: bench: unknown suite 'gpu'; known: cpu, decode\n"
+    unknown = call("bench", "--no-such-thing")
+    assert unknown.exit_code == 2
+    assert unknown.stderr == "error: No such option: --no-such-thing; `mobazoo bench --help` says what there is\n"
     both = call("bench", "--suite", "cpu", "--top-k", 2, "--length", 64, "--dry-run")
     assert both.exit_code == 2
     assert both.stderr == "error: bench: --suite cpu has cases of its own; leave out --length, --top-k\n"

@@ -117,6 +117,9 @@ def test_an_interrupted_measurement_goes_on(
         evaluate(said, stop)
     assert (len(measured), dest.exists()) == (3, False)
     assert [path.name for path in tmp_path.iterdir()] == [".out.json.parts"]
+    with monkeypatch.context() as unread:
+        unread.setattr("mobazoo.eval.evaluate.ready_model", None)  # said before the model is read
+        assert "keeps what an interrupted run of something else" in refusal(evaluate, replace(said, batch=3))
     evaluate(said, quiet)
     assert len(measured) == 8
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]

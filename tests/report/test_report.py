@@ -12,9 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from typer.testing import CliRunner
 
+from mobazoo.cli import app
 from mobazoo.config.report import ReportRecipe
 from mobazoo.errors import InputError, UnsupportedError
+from mobazoo.report import html
 from mobazoo.report.collect import collect
 from mobazoo.report.page import short_table, write_report
 from mobazoo.report.plots import load, shares
@@ -245,6 +248,21 @@ def test_a_stage_whose_time_nobody_knows(tmp_path: Path) -> None:
     stamp.write_text(json.dumps({**json.loads(stamp.read_text()), "seconds": None}))
     ((page,), _) = write_report(ReportRecipe(str(tmp_path), pictures=False))
     assert "<td>unknown</td>" in re.sub(r"<td[^>]*>", "<td>", page.read_text())
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    recipe = ReportRecipe(str(tmp_path), pictures=False)
+    page = tmp_path / "report.html"
+    page.write_text("<html>mine</html>")
+    with pytest.raises(InputError, match=r"report\.html: exists and is no earlier result, so it is not replaced"):
+        write_report(recipe)
+    result = CliRunner().invoke(app, ["report", str(tmp_path), "--dry-run"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert page.read_text() == "<html>mine</html>"
+    page.write_text(html.page("An earlier one", "", ""))
+    write_report(recipe)
+    assert "An earlier one" not in page.read_text()
 
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from mobazoo.cli.work import DryRun, Outcome, Overrides, show_plan
 from mobazoo.config.recipe import parse_recipe
 from mobazoo.config.report import ReportRecipe
 from mobazoo.config.shipped import Source, find
+from mobazoo.files import check_place
+from mobazoo.report.html import is_page
 
 PLACE = ("3 Measure", 3)
 EXAMPLES = "Example: mobazoo report runs/quickstart"
@@ -39,12 +41,13 @@ def resolve(recipe: str, overrides: Sequence[str]) -> ReportRecipe:
     source = find(recipe) if Path(recipe).is_file() else Source(recipe, recipe, said)
     resolved = parse_recipe(source, overrides, ReportRecipe)
     resolved.require()
+    check_place(resolved.page(), is_page)
     return resolved
 
 
 def plan(recipe: ReportRecipe) -> list[str]:
     """What would happen."""
-    page = Path(recipe.dest or Path(recipe.run) / "report.html")
+    page = recipe.page()
     lines = [f"would read {recipe.run}", f"would write {page}"]
     return [*lines, f"would write pictures into {page.parent / page.stem}-pictures"] if recipe.pictures else lines
 
