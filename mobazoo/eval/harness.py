@@ -42,7 +42,7 @@ def find_tasks(asked: LmEvalTask) -> dict[str, Any]:
         return {}
     own = [] if asked.include is None else [str(Path(asked.include).expanduser())]
     manager = _manager(own, defaults=not own)
-    if not set(asked.tasks) <= set(manager.all_tasks):
+    if own and not set(asked.tasks) <= set(manager.all_tasks):
         manager = _manager(own, defaults=True)
     for name in asked.tasks:
         if name not in manager.all_tasks:
