@@ -56,11 +56,9 @@ def measure(candidates: dict[str, Candidate], device: str, seconds: float) -> It
             took, row["bytes"] = sample
             if number == 0:  # the first sample says how long a call is
                 repeats[name] = max(1, min(_MOST_REPEATS, int(_LONG_ENOUGH[device] / took)))
-            if number or repeats[name] == 1:
-                row["seconds"].append(took)
-    for row in rows.values():
-        if not row["seconds"] and "cannot" not in row:
-            row["cannot"] = "too slow for the time of its section"
+            elif number == 1 and repeats[name] > 1:
+                row["seconds"].clear()  # of one short call, which stands only where slow rivals leave no time for more
+            row["seconds"].append(took)
     yield rows
     for name, one in candidates.items():
         if one.check is not None and "cannot" not in rows[name]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mobazoo.attention import attend
 from mobazoo.attention.kernels.triton_tiles import DEFAULT, MEASURED, SHARED, Tiles, capability, entry, shared_bytes
-from tools.gpu_measure import attempt
+from tools.gpu_measure import attempt, once
 from tools.gpu_shapes import Shape, gate, inputs
 
 Work = Callable[[], list[Tensor]]
@@ -99,7 +99,7 @@ def trials(
         with patch.dict(MEASURED, {key: held}):
             try:
                 got = work()  # compiles
-                spent = [_once(work) for _ in range(1 if dry else _ROUNDS)]
+                spent = [once(work, device)[0] for _ in range(1 if dry else _ROUNDS)]
             except refused:  # too many registers or bytes for this machine: no candidate
                 if not times:
                     raise
@@ -110,15 +110,6 @@ def trials(
         else:
             wrong.append(held)
     return times, wrong
-
-
-def _once(work: Work) -> float:
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    begin = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - begin
 
 
 def _agree(got: Tensor, want: Tensor) -> bool:

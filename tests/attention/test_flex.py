@@ -91,6 +91,19 @@ def test_bfloat16() -> None:
     check("packed", MoBA(64, 3), torch.bfloat16)
 
 
+def test_options_are_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another row of the table is another compilation."""
+    segments = Segments.single(1, 128)
+    keys: set[tuple[object, ...]] = set()
+    q, k, v = inputs(segments, 128)
+    mask = block_mask(None, segments, 128, 0, backward=False)
+    monkeypatch.setattr(kernel, "_compiled", lambda _, key: keys.add(key) or (lambda *_: (q, None)))
+    for options in (None, {"fwd_BLOCK_M": 64}, {"fwd_BLOCK_M": 128}, {"fwd_BLOCK_M": 64}):
+        monkeypatch.setattr(kernel, "_options", lambda _, options=options: options)
+        kernel.flex(q, k, v, mask, SCALE)
+    assert len(keys) == 3
+
+
 @needs_cpu_kernel
 def test_one_query_and_a_padding_query() -> None:
     check("one query", MoBA(64, 3))

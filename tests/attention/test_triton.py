@@ -76,6 +76,12 @@ def test_slabs_change_nothing(share: float, device: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("device", TRITON_ON)
+def test_slabs_without_routes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_slabs, "SLAB_BYTES", 9)
+    verify(Case(((20,),), 16, 1, 2, 1, 16), torch.float32, device)
+
+
+@pytest.mark.parametrize("device", TRITON_ON)
 def test_popular_blocks(device: str) -> None:
     """Every query reads the first block: a list much longer than the others, and empty ones."""
     case = Case(((90,),), 16, 2, 2, 1, 32)

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mobazoo.attention import attend
 from mobazoo.attention.kernels import flex
-from tools import gpu_flex
+from tools import gpu_flex, gpu_measure
 from tools.gpu_measure import Candidate, measure, right
 from tools.gpu_page import targets
 from tools.gpu_rivals import ATEN, _wheel, peers
@@ -63,6 +63,26 @@ def test_who_fails_is_a_line() -> None:
     some = {name: rows[name] for name in ("later", "fine")}
     assert right(some, "fine")
     assert not right(some, "later")
+
+
+def test_a_short_call_is_repeated_if_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample of one call counts only where slow rivals leave no time for another."""
+    monkeypatch.setattr(gpu_measure, "_LONG_ENOUGH", {"cpu": 1.0})
+    monkeypatch.setattr(gpu_measure, "_ROUNDS", {"cpu": 3})
+    calls: list[int] = []
+
+    def sample(work: Callable[[], Any], _: str, repeats: int = 1) -> tuple[float, int]:
+        calls.append(repeats)
+        work()
+        return 0.25 if repeats == 1 else 0.125, 0
+
+    monkeypatch.setattr(gpu_measure, "once", sample)
+    for seconds, taken, repeated in ((0.0, [0.25], [1, 1]), (60.0, [0.125, 0.125], [1, 1, 4, 4])):
+        calls.clear()
+        *_, rows = measure({"short": Candidate("blocks", lambda: None)}, "cpu", seconds)
+        assert rows["short"]["seconds"] == taken
+        assert calls == repeated
+        assert right(rows, "short")
 
 
 def test_targets_met_and_missed() -> None:
@@ -155,6 +175,8 @@ def test_options_of_flex_reach_it_and_a_row_is_printed(monkeypatch: pytest.Monke
         assert (seen or {}) == gpu_flex.OPTIONS[called]
         for key, value in (seen or {}).items():
             assert "BLOCK" not in key or 128 % value == 0
+    Query.shape = (1, 2, 127, gpu_flex.SHAPE.dim)  # another kernel, with tiles of its own
+    assert gpu_flex.under(gpu_flex.SHAPE, "cuda", gpu_flex.OPTIONS[names[1]], lambda: flex._options(Query))() is None
     rows = {
         f"{backend}, {called}": {"seconds": [] if called == names[3] else [1.0 - 0.2 * n]}
         for backend in ("flex", "flex_routed")

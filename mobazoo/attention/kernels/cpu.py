@@ -4,7 +4,8 @@ For a row and a key head, every query first reads its own block (its document, f
 block by block, the queries of the whole group that chose the block are gathered, attend to it in one kernel call,
 and are folded into the running output. The backward walks the same work with the merged output and log-sum-exp, so
 that no gradient of a log-sum-exp is ever needed. Working memory beyond the result: for each thread, float32 copies of
-one key head's queries, output and gradients, plus ``TOKENS_PER_CALL`` rows a call.
+one key head's queries, output, keys, values and gradients, plus ``TOKENS_PER_CALL`` rows of each query head, or half a
+million scores (``cpu_products``), a call.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ four products sum in float32 what is bfloat16, and are rounded to it.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from math import e, log2
 
 import torch
@@ -26,7 +27,16 @@ _MULTIPLE = 64
 def products_pay(dtype: torch.dtype, queries: int, keys: int) -> bool:
     """Whether products are faster than the kernel on this processor, for calls of so many queries and keys."""
     few, many = keys <= _MOST_KEYS, queries >= _LEAST_QUERIES
-    return dtype == torch.bfloat16 and few and many and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.bfloat16 and few and many and _multiplies_bfloat16()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False  # and there is no operator to ask
+    if torch.cpu._is_avx2_supported():  # oneDNN takes bfloat16 on any AVX-512, and widens it where it must
+        return torch.cpu._is_avx512_bf16_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Products:
@@ -55,21 +65,25 @@ class Products:
 
     def own(self, tile: Tile, q_start: int) -> None:
         """Adds one tile of own-block work."""
-        step = max(1, _SCORES // (self.queries[0].shape[0] * tile.q_len * tile.k_len))
+        most = max(1, _SCORES // (tile.q_len * tile.k_len))  # pieces of a query head
+        group = self.queries[0].shape[0]
+        heads, step = min(group, most), max(1, most // group)
         for done in range(0, tile.count, step):
             on, count = done * tile.stride, min(step, tile.count - done)
             few = replace(tile, q_start=tile.q_start + on, k_start=tile.k_start + on, count=count)
-            self._own(few, few.q_start - q_start)
+            for head in range(0, group, heads):
+                self._own(few, few.q_start - q_start, slice(head, head + heads))
 
-    def _own(self, tile: Tile, at: int) -> None:
-        group = self.queries[0].shape[0]
-        q, dout, lse = (pieces_of(x, at, tile.q_len, tile).flatten(0, 1) for x in self.queries)
+    def _own(self, tile: Tile, at: int, heads: slice) -> None:
+        q, dout, lse = (pieces_of(x[heads], at, tile.q_len, tile) for x in self.queries)
+        group = len(q)
+        q, dout, lse = (x.flatten(0, 1) for x in (q, dout, lse))
         if tile.causal:
             lse = lse + torch.full((tile.q_len, tile.k_len), torch.inf).triu(1)
         keys = (pieces_of(x, tile.k_start, tile.k_len, tile).repeat(group, 1, 1) for x in self.keys)
         dq, dk, dv = _gradients(q, dout, lse, *keys)
         dq_sum, dk_sum, dv_sum = self.sums
-        pieces_of(dq_sum, at, tile.q_len, tile).add_(dq.unflatten(0, (group, -1)), alpha=self.scale)
+        pieces_of(dq_sum[heads], at, tile.q_len, tile).add_(dq.unflatten(0, (group, -1)), alpha=self.scale)
         for total, part, alpha in ((dk_sum, dk, self.scale), (dv_sum, dv, 1.0)):
             of_group = part.unflatten(0, (group, -1)).sum(0, dtype=total.dtype)
             pieces_of(total, tile.k_start, tile.k_len, tile).add_(of_group, alpha=alpha)

@@ -91,8 +91,8 @@ def backward(
                 *(q.shape[2], k.shape[2], slab.token, slab.tokens, slab.pair, layout.blocks),
                 **_constants(layout, group, dim, in_place),
             )
-        if len(parts) > 1:  # keys walk the lists of all tokens
-            found = lists(layout, whole, 1)
+        if found and len(parts) > 1:  # keys walk the lists of all tokens, and need no tiles of them
+            found = lists(layout, whole, layout.queries)
         _keys(saved, found, layout, whole, (dk, dv), scale, strides)
     return dq, dk, dv
 
