@@ -18,4 +18,4 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 for argument in "$@"; do
     if [ "$argument" = --dry-run ]; then export TRITON_INTERPRET=1; fi
 done
-exec "${PYTHON:-python3}" -m tools.gpu_report "$@"
+exec "${PYTHON:-python3}" -m tools.gpu.report "$@"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.gpu_count import memory, page, parts, rounds, selections
-from tools.gpu_shapes import SHAPES
+from tools.gpu.count import memory, page, parts, rounds, selections
+from tools.gpu.shapes import SHAPES
 
 DOCS = Path(__file__).parents[2] / "docs" / "kernels.md"
 

@@ -15,11 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mobazoo.attention import attend
 from mobazoo.attention.kernels import flex
-from tools import gpu_flex, gpu_measure
-from tools.gpu_measure import Candidate, measure, right
-from tools.gpu_page import targets
-from tools.gpu_rivals import ATEN, _wheel, peers
-from tools.gpu_shapes import SHAPES, inputs
+from tools.gpu import flex as gpu_flex
+from tools.gpu import measure as gpu_measure
+from tools.gpu.measure import Candidate, measure, right
+from tools.gpu.page import targets
+from tools.gpu.rivals import ATEN, _wheel, peers
+from tools.gpu.shapes import SHAPES, inputs
 
 
 def failing(after: int) -> Callable[[], None]:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tools import gpu_report, gpu_tiles
+from tools.gpu import report as gpu_report
+from tools.gpu import tiles as gpu_tiles
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("64k", "1m", "auto", "flex", "tiles")

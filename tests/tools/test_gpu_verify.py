@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention import Centroids, Routes, attend
-from tools import gpu_tiles, gpu_verify
-from tools.gpu_shapes import SHAPES, inputs
-from tools.gpu_verify import verify, verify_gate
+from tools.gpu import tiles as gpu_tiles
+from tools.gpu import verify as gpu_verify
+from tools.gpu.shapes import SHAPES, inputs
+from tools.gpu.verify import verify, verify_gate
 
 SHAPE = replace(SHAPES["64k"].small(), query_heads=2)
 

@@ -18,7 +18,7 @@ from mobazoo.attention.kernels.cpu_own import Tile, pieces_of
 
 # Scores of one call; keys beyond which, and queries below which, the kernel is as fast.
 _SCORES = 1 << 19
-_MOST_KEYS = 512
+_MOST_KEYS = 256
 _LEAST_QUERIES = 256
 # Readers of a block are filled up to a multiple: oneDNN compiles a product for every size it meets.
 _MULTIPLE = 64

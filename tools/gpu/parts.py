@@ -13,10 +13,10 @@ import torch
 
 from mobazoo.attention.kernels import triton_backward, triton_forward, triton_gate, triton_launch
 from mobazoo.attention.kernels.triton_slabs import lists
-from tools.gpu_count import Peak, parts
-from tools.gpu_shapes import Shape
+from tools.gpu.count import Peak, parts
+from tools.gpu.shapes import Shape
 
-# Names of `gpu_count.parts`; sorting the lists is torch's work.
+# Names of `count.parts`; sorting the lists is torch's work.
 _KERNELS = {
     (triton_gate, "means"): "centroids",
     (triton_gate, "gate"): "gate",

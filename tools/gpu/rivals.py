@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mobazoo.attention import Routes, Segments, attend
 from mobazoo.attention.backends import flash
-from tools.gpu_shapes import Run, Shape, gate
-from tools.gpu_verify import Routed
+from tools.gpu.shapes import Run, Shape, gate
+from tools.gpu.verify import Routed
 
 ATEN = "FlashAttention-2 (aten)"
 TRITON = "triton"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from tools.gpu_auto import AUTO
-from tools.gpu_measure import Rows
-from tools.gpu_rivals import ATEN, TRITON
+from tools.gpu.auto import AUTO
+from tools.gpu.measure import Rows
+from tools.gpu.rivals import ATEN, TRITON
 
 Sections = dict[str, dict[str, Any]]
 

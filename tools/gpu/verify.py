@@ -10,7 +10,7 @@ from torch import Tensor
 from mobazoo.attention import Routes, Segments
 from mobazoo.attention.blocks import centroids_by
 from mobazoo.attention.routing import route_by
-from tools.gpu_shapes import Shape, gate
+from tools.gpu.shapes import Shape, gate
 
 Routed = Callable[[Tensor, Tensor, Tensor, Routes | None], Tensor]
 

@@ -27,17 +27,17 @@ import torch
 from mobazoo.attention.gates import TORCH, TRITON
 from mobazoo.files import write_whole
 from mobazoo.results import machine
-from tools import gpu_auto, gpu_flex
-from tools.gpu_count import PEAKS
-from tools.gpu_measure import Candidate, attempt, measure, right
-from tools.gpu_page import page
-from tools.gpu_parts import floors, seconds_by_part
-from tools.gpu_rivals import PUBLISHED, by_blocks, full, peers, without_routes
-from tools.gpu_shapes import SHAPES, gate, inputs, step
-from tools.gpu_tiles import tune
-from tools.gpu_verify import verify, verify_gate
+from tools.gpu import auto, flex
+from tools.gpu.count import PEAKS
+from tools.gpu.measure import Candidate, attempt, measure, right
+from tools.gpu.page import page
+from tools.gpu.parts import floors, seconds_by_part
+from tools.gpu.rivals import PUBLISHED, by_blocks, full, peers, without_routes
+from tools.gpu.shapes import SHAPES, gate, inputs, step
+from tools.gpu.tiles import tune
+from tools.gpu.verify import verify, verify_gate
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = ("tests", *SHAPES, "auto", "flex", "tiles")
 _SECONDS = 240.0  # of measuring a section, after the first call of each candidate
 _TUNING = 420.0  # of trying tile sizes, compiling included
@@ -84,7 +84,7 @@ def one(name: str, device: str, kept: Path) -> bool:
 def apart(name: str, device: str, kept: Path) -> bool:
     """A section in a process of its own, which may crash or take too long."""
     dry = ["--dry-run"] if device == "cpu" else []
-    command = [sys.executable, "-m", "tools.gpu_report", "--here", "--section", name, "--dest", str(kept.parent), *dry]
+    command = [sys.executable, "-m", "tools.gpu.report", "--here", "--section", name, "--dest", str(kept.parent), *dry]
     try:
         code = subprocess.run(command, cwd=ROOT, timeout=_MOST, check=False).returncode
         ended = f"The section ended with code {code}." if code not in (0, 1) else None
@@ -122,7 +122,7 @@ def run(name: str, device: str) -> Iterator[dict[str, Any]]:
     elif name in SHAPES:
         yield from shapes(name, device)
     else:
-        yield from {"auto": gpu_auto, "flex": gpu_flex}[name].section(device)
+        yield from {"auto": auto, "flex": flex}[name].section(device)
 
 
 def slug(name: str) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 from mobazoo.attention import Full
 from mobazoo.attention.auto import choose
 from mobazoo.attention.problem import Problem
-from tools.gpu_measure import Candidate, attempt, measure, right
-from tools.gpu_rivals import TRITON, by_blocks, full, without_routes
-from tools.gpu_shapes import SHAPES, Shape, inputs, step
-from tools.gpu_verify import verify
+from tools.gpu.measure import Candidate, attempt, measure, right
+from tools.gpu.rivals import TRITON, by_blocks, full, without_routes
+from tools.gpu.shapes import SHAPES, Shape, inputs, step
+from tools.gpu.verify import verify
 
 AUTO = "auto"
 _SECONDS = 400.0

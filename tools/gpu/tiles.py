@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mobazoo.attention import attend
 from mobazoo.attention.kernels.triton_tiles import DEFAULT, MEASURED, SHARED, Tiles, capability, entry, shared_bytes
-from tools.gpu_measure import attempt, once
-from tools.gpu_shapes import Shape, gate, inputs
+from tools.gpu.measure import attempt, once
+from tools.gpu.shapes import Shape, gate, inputs
 
 Work = Callable[[], list[Tensor]]
 

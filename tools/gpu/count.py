@@ -1,6 +1,6 @@
 """Counts operations and bytes of the GPU targets and the least time they can take; needs no GPU.
 
-    python -m tools.gpu_count
+    python -m tools.gpu.count
 
 Floors are the larger of operations by the peak rate and bytes by the peak bandwidth, part by part; nothing is measured.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from mobazoo.attention.kernels.triton_slabs import cut, token_bytes
-from tools.gpu_shapes import SHAPES, Shape
+from tools.gpu.shapes import SHAPES, Shape
 
 
 @dataclass(frozen=True)

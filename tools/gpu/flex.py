@@ -18,10 +18,10 @@ from mobazoo.attention.blockmask import block_mask
 from mobazoo.attention.kernels import flex
 from mobazoo.attention.kernels.providers import NAMES
 from mobazoo.attention.kernels.triton_tiles import capability
-from tools.gpu_measure import Candidate, Rows, measure, right
-from tools.gpu_rivals import by_blocks, flash_by, full, without_routes
-from tools.gpu_shapes import SHAPES, Shape, gate, inputs, step
-from tools.gpu_verify import Routed, verify
+from tools.gpu.measure import Candidate, Rows, measure, right
+from tools.gpu.rivals import by_blocks, flash_by, full, without_routes
+from tools.gpu.shapes import SHAPES, Shape, gate, inputs, step
+from tools.gpu.verify import Routed, verify
 
 SHAPE = replace(SHAPES["64k"], length=1 << 14)
 _SECONDS = 150.0
