@@ -14,7 +14,7 @@ from mobazoo.attention import Centroids, Segments
 from mobazoo.errors import InputError
 from mobazoo.nn.cache_layer import MobaCacheLayer
 from mobazoo.nn.rows import Rows
-from mobazoo.nn.storage import check_place
+from mobazoo.nn.storage import check_offload
 
 
 class MobaCache(Cache):
@@ -45,7 +45,7 @@ class MobaCache(Cache):
     ) -> None:
         if max_length is not None and max_length < 1:
             raise InputError(f"MobaCache: max_length must be at least 1, got {max_length}")
-        check_place(offload)
+        check_offload(offload)
         rules = config.attention_layers()
         super().__init__(layers=[MobaCacheLayer(max_length, rule.kconv, offload) for rule in rules])
         self.max_length = max_length

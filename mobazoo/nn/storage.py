@@ -14,7 +14,7 @@ from mobazoo.errors import InputError
 HOST = "host"
 
 
-def check_place(place: str | Path | None) -> None:
+def check_offload(place: str | Path | None) -> None:
     """Refuses a folder for mapped files that is not there.
 
     Raises:

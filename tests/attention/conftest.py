@@ -1,4 +1,4 @@
-"""Two threads, on whatever machine: the CPU kernels divide their work by the number of threads."""
+"""What tests of attention share: threads, whatever the machine, and a device that may not be waited for."""
 
 from collections.abc import Iterator
 
@@ -19,3 +19,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def waiting_is_an_error() -> Iterator[None]:
+    """Anything that waits for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")

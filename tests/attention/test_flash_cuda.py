@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from mobazoo.attention import Full, MoBA, Pattern, Routes, Segments, attend, centroids, route
 from mobazoo.attention.backends import flash, reference
 from mobazoo.attention.kernels import providers, slabs
+from tests.attention.cuda_graph import captured
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,13 +89,6 @@ def test_slabs(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(provider, inputs(torch.bfloat16, grad=True), MoBA(64, 3), segments)
 
 
-@pytest.fixture
-def waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_never_waits(pattern: Pattern, request: pytest.FixtureRequest) -> None:
     segments = Segments.from_lengths(ROWS, device="cuda")
@@ -113,21 +105,14 @@ def test_decoding_in_a_cuda_graph() -> None:
     q, k, v = inputs(torch.bfloat16, queries=1)
     start = torch.tensor(500, device="cuda")
 
-    def step() -> Tensor:
-        return attend(q, k, v, pattern=MoBA(64, 3), segments=segments, backend="flash", q_start=start)
+    def step() -> tuple[Tensor, ...]:
+        return (attend(q, k, v, pattern=MoBA(64, 3), segments=segments, backend="flash", q_start=start),)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, (out,) = captured(step)
     for slot in (500, 777):
         start.fill_(slot)
         graph.replay()
-        assert torch.equal(out, step())
+        assert torch.equal(out, *step())
 
 
 @pytest.mark.parametrize("pattern", [Full(), MoBA(64, 3)], ids=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import util
 
@@ -14,6 +13,7 @@ from mobazoo.attention import Full, MoBA, Pattern, Segments, attend, triton_runs
 from mobazoo.attention.backends import triton
 from mobazoo.attention.kernels import triton_slabs
 from mobazoo.attention.problem import Problem
+from tests.attention.cuda_graph import captured
 from tests.factories import Case, inputs, oracle, random_routes, routes_on, run, segments_of
 from tests.marks import TRITON_ON, able
 from tests.tolerance import check
@@ -177,13 +177,6 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'mobazoo[triton]'" in (triton.unsupported(problem("cuda")) or "")
 
 
-@pytest.fixture
-def waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("pattern", [Full(), MoBA(64, 3)], ids=str)
@@ -197,19 +190,6 @@ def test_never_waits(pattern: Pattern, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue("waiting_is_an_error")
     attend(q, k, v, pattern=pattern, segments=segments, backend="triton").backward(dout)
     attend(q[:, :, :5], k, v, pattern=pattern, segments=segments, backend="triton", q_start=start)
-
-
-def captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """A graph of ``step``, which has run before on a stream of its own, and its results."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results
 
 
 @pytest.mark.gpu
