@@ -64,7 +64,10 @@ def centroids_by(by: str, k: Tensor, block_size: int, segments: Segments) -> Cen
         )
     check_by("centroids", by, k.device, k.dtype, k.shape[3])
     start = _complete_blocks(segments, block_size)
-    doc = torch.where(start >= 0, segments.doc.gather(1, start.clamp(min=0).long()), UNUSED).to(torch.int32)
+    if segments.whole:
+        doc = torch.zeros_like(start)
+    else:
+        doc = torch.where(start >= 0, segments.doc.gather(1, start.clamp(min=0).long()), UNUSED).to(torch.int32)
     with torch.no_grad():
         if segments.whole and by == TORCH:
             mean = _mean_whole(k, block_size)

@@ -11,23 +11,19 @@ from torch import Tensor
 from mobazoo.attention.blocks import UNUSED, Centroids
 from mobazoo.attention.gates import TORCH, TRITON, check_by
 from mobazoo.attention.heap import keep_heap
-from mobazoo.attention.lanes import Piece, pieces, spread
 from mobazoo.attention.pattern import MoBA
 from mobazoo.attention.segments import Segments
 from mobazoo.errors import InputError
 
 EMPTY = -1
 
-# Working memory of the gate, in bytes. On a CPU a chunk should live in cache, on a GPU it should fill the
-# machine; both are far below the 1 GiB that `route` promises.
-_CHUNK_BYTES = {"cpu": 8 << 20}
-_CHUNK_BYTES_DEFAULT = 256 << 20
+# Working memory of the gate, in bytes. On a CPU each thread's part of a chunk should live in cache, on a GPU a chunk
+# should fill the machine; both are far below the 1 GiB that `route` promises.
+_CHUNK_BYTES_PER_THREAD = 8 << 20
+_CHUNK_BYTES = 256 << 20
 # One score costs float32 score, int32 order, int64 key, and as much again inside top-k; one query its float32 copy.
 _BYTES_PER_SCORE = 32
 _BYTES_PER_QUERY_DIM = 8
-
-# Queries of all heads, at least, that are work enough for a thread of ours.
-_LEAST = 8192
 
 # Blocks whose maximum stands for them in the first round of the selection.
 _RUN = 8
@@ -103,14 +99,24 @@ def route_by(
         )
     check_by("route", by, q.device, q.dtype, q.shape[3], pattern.top_k - 1)
     slot = query_slots(segments, q.shape[2], q_start)
-    pos, real = segments.pos[:, slot], segments.doc[:, slot] >= 0  # [B, T]
-    # Blocks stand in slot order, so a query's candidates are one range: from its document's first to its own block.
-    in_order = torch.where(centroids.start == UNUSED, segments.length, centroids.start).contiguous()
-    own = slot - pos % pattern.block_size
-    stop = torch.searchsorted(in_order, own.to(in_order.dtype))
-    first = torch.where(real, torch.searchsorted(in_order, (slot - pos).to(in_order.dtype)), stop)
+    if segments.whole:  # blocks lie end to end
+        stop = (slot // pattern.block_size).expand(segments.batch, -1).contiguous()
+        first = torch.zeros_like(stop)
+    else:
+        first, stop = _candidates(slot, centroids.start, pattern.block_size, segments)
     index = torch.ops.mobazoo.gate(q.detach(), centroids.mean.detach(), first, stop, pattern.top_k - 1, by)
     return Routes(index, centroids.start, pattern.block_size)
+
+
+def _candidates(slot: Tensor, start: Tensor, block_size: int, segments: Segments) -> tuple[Tensor, Tensor]:
+    """The complete blocks of a query's document before its own, ``first .. stop - 1``, each ``[B, T]``."""
+    pos, real = segments.pos[:, slot], segments.doc[:, slot] >= 0
+    # Blocks stand in slot order, so a query's candidates are one range: from its document's first to its own block.
+    in_order = torch.where(start == UNUSED, segments.length, start).contiguous()
+    own = slot - pos % block_size
+    stop = torch.searchsorted(in_order, own.to(in_order.dtype))
+    first = torch.where(real, torch.searchsorted(in_order, (slot - pos).to(in_order.dtype)), stop)
+    return first, stop
 
 
 def _index_dtype(n: int) -> torch.dtype:
@@ -138,18 +144,10 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str 
         return index
     group = hq // hkv
     grouped = index.unflatten(1, (hkv, group))  # [B, Hkv, G, T, K - 1]
-
-    def choose(piece: Piece) -> None:
-        b, tokens = piece.row, piece.tokens
-        queries = q[b].unflatten(0, (hkv, group))[piece.heads, :, tokens]
-        _choose(queries, mean[b, piece.heads], first[b, tokens], stop[b, tokens], grouped[b, piece.heads, :, tokens])
-
     if q.device.type == "cpu":
         keep_heap()
-        spread(choose, pieces(batch, hkv, length, _LEAST // group, most=length))
-    else:
-        for b in range(batch):
-            choose(Piece(b, slice(0, hkv), slice(0, length), 0))
+    for b in range(batch):
+        _choose(q[b].unflatten(0, (hkv, group)), mean[b], first[b], stop[b], grouped[b])
     return index
 
 
@@ -165,29 +163,32 @@ def _choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor)
     """
     hkv, group, _, dim = q.shape
     n, k = mean.shape[1], index.shape[3]
-    chooses = (stop - first > k)[:, None]
+    chooses = stop - first > k
     # Key heads together where one query's scores and the centroids' float32 copy are small, else a few at a time.
-    heads = max(1, min(hkv, _CHUNK_BYTES_DEFAULT // (n * (_BYTES_PER_SCORE * group + 4 * dim))))
+    heads = max(1, min(hkv, _CHUNK_BYTES // (n * (_BYTES_PER_SCORE * group + 4 * dim))))
     for j in range(0, hkv, heads):
         some = slice(j, j + heads)
         centroid = mean[some].float().transpose(1, 2)  # [h, D, N]
-        for t0, t1, n0, n1 in _chunks(first, stop, q[some].shape, n, k):
+        for t0, t1, n0, n1 in _chunks(first, stop, chooses, q[some].shape, n):
             place = index[some, :, t0:t1, : min(k, n1 - n0)]
             chunk = q[some, :, t0:t1].float().flatten(1, 2)  # [h, G * t, D]
             keys = _sort_keys(torch.bmm(chunk, centroid[:, :, n0:n1])).unflatten(1, (group, -1))
             _hide(keys, first[t0:t1], stop[t0:t1], n0, n1)
-            best = _top(keys, place.shape[3])  # [h, G, t, width]
-            place.copy_(torch.where(chooses[t0:t1], (best & 0xFFFFFFFF) + n0, place))
+            best = (_top(keys, place.shape[3]) & 0xFFFFFFFF).add_(n0)  # [h, G, t, width]
+            place.copy_(torch.where(chooses[t0:t1, None], best, place))
 
 
-def _chunks(first: Tensor, stop: Tensor, queries: torch.Size, n: int, k: int) -> list[tuple[int, int, int, int]]:
+def _chunks(
+    first: Tensor, stop: Tensor, chooses: Tensor, queries: torch.Size, n: int
+) -> list[tuple[int, int, int, int]]:
     """Query ranges and the block range each needs, ``(t0, t1, n0, n1)``, each within the chunk budget if it can be.
 
     On a CPU the ranges are read (free there), so that blocks nobody may choose and queries that have no choice are
     never scored. Elsewhere reading them would wait for the device: every chunk scores all blocks.
     """
     heads, group, length, dim = queries
-    budget = _CHUNK_BYTES.get(first.device.type, _CHUNK_BYTES_DEFAULT) // (heads * group)
+    most = _CHUNK_BYTES_PER_THREAD * torch.get_num_threads() if first.device.type == "cpu" else _CHUNK_BYTES
+    budget = min(most, _CHUNK_BYTES) // (heads * group)
 
     def cost(tokens: int, blocks: int) -> int:
         return tokens * (_BYTES_PER_SCORE * blocks + _BYTES_PER_QUERY_DIM * dim)
@@ -195,19 +196,18 @@ def _chunks(first: Tensor, stop: Tensor, queries: torch.Size, n: int, k: int) ->
     if first.device.type != "cpu":
         step = max(1, budget // cost(1, n))
         return [(t, min(t + step, length), 0, n) for t in range(0, length, step)]
-    lows, highs = first.tolist(), stop.tolist()
-    chooses = torch.nn.functional.pad(stop - first > k, (1, 1))
+    edge = torch.nn.functional.pad(chooses, (1, 1))
     chunks = []
-    for t0, end in (chooses[1:] != chooses[:-1]).nonzero().view(-1, 2).tolist():
+    for t0, end in (edge[1:] != edge[:-1]).nonzero().view(-1, 2).tolist():
         while t0 < end:
             t1, too_far = t0 + 1, end + 1
             while t1 + 1 < too_far:
                 middle = (t1 + too_far) // 2
-                if cost(middle - t0, highs[middle - 1] - lows[t0]) <= budget:
+                if cost(middle - t0, int(stop[middle - 1] - first[t0])) <= budget:
                     t1 = middle
                 else:
                     too_far = middle
-            chunks.append((t0, t1, lows[t0], highs[t1 - 1]))
+            chunks.append((t0, t1, int(first[t0]), int(stop[t1 - 1])))
             t0 = t1
     return chunks
 

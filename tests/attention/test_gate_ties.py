@@ -82,8 +82,7 @@ def test_zero_queries_and_equal_keys(dtype: torch.dtype) -> None:
 @pytest.fixture(params=["cpu", "other device"])
 def _tiny_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the gate work in many chunks, by the branch of a CPU or of a device whose values are not read."""
-    monkeypatch.setattr(routing, "_CHUNK_BYTES", {"cpu": 200_000} if request.param == "cpu" else {})
-    monkeypatch.setattr(routing, "_CHUNK_BYTES_DEFAULT", 200_000)
+    monkeypatch.setattr(routing, "_CHUNK_BYTES", 200_000)
     if request.param != "cpu":
         pretend_other_device(monkeypatch)
 
@@ -162,10 +161,10 @@ def test_key_heads_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(((100,),), 4, 4, 8, 4, 16)
     data = inputs(case)
     want = gate_routes(case, data.q, data.k).index
-    heads = spy(monkeypatch, routing, "_chunks", lambda arguments, _: arguments[2][0])
+    heads = spy(monkeypatch, routing, "_chunks", lambda arguments, _: arguments[3][0])
     for most in (1, 3):
         heads.clear()
-        monkeypatch.setattr(routing, "_CHUNK_BYTES_DEFAULT", 25 * (routing._BYTES_PER_SCORE * 2 + 4 * 16) * most)
+        monkeypatch.setattr(routing, "_CHUNK_BYTES", 25 * (routing._BYTES_PER_SCORE * 2 + 4 * 16) * most)
         got = gate_routes(case, data.q, data.k).index
         assert max(heads) <= most
         assert torch.equal(got, want)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mobazoo.attention import MoBA, attend, routing
+from mobazoo.attention import MoBA, attend
 from mobazoo.attention.kernels import cpu
 from mobazoo.attention.lanes import Piece, count, pieces, spread
 from tests.attention.parity.cases import SPARSE
@@ -34,8 +34,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """No problem is too small for threads of ours."""
-    for owner, name in ((cpu, "_FORWARD_LEAST"), (cpu, "_BACKWARD_LEAST"), (routing, "_LEAST")):
-        monkeypatch.setattr(owner, name, 1)
+    for name in ("_FORWARD_LEAST", "_BACKWARD_LEAST"):
+        monkeypatch.setattr(cpu, name, 1)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobazoo.attention.kernels import cpu, cpu_products
+from mobazoo.attention.kernels import cpu, cpu_masked, cpu_products
 from mobazoo.attention.kernels.cpu_products import Products, products_pay
 from tests.attention.parity.cases import SPARSE
 from tests.factories import Case, inputs, oracle, random_routes, run, spy
@@ -18,7 +18,8 @@ CASES = {"long": LONG} | {name: SPARSE[name] for name in ("b1k2", "b7k3", "b64k3
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No call is too small, on any processor."""
+    """No call is too small, on any processor, and no document so short that it takes a mask."""
+    monkeypatch.setattr(cpu_masked, "_pays", lambda *_: False)
     monkeypatch.setattr(cpu_products, "_LEAST_QUERIES", 1)
     monkeypatch.setattr(cpu_products, "_multiplies_bfloat16", lambda: True)
 

@@ -11,16 +11,26 @@ million scores (``cpu_products``), a call.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mobazoo.attention.heap import keep_heap
+from mobazoo.attention.kernels.cpu_masked import (
+    Short,
+    Strip,
+    masked_backward,
+    masked_forward,
+    short_documents,
+    strips,
+)
 from mobazoo.attention.kernels.cpu_own import (
     TOKENS_PER_CALL,
     Tile,
     backward_kernel,
+    documents,
     forward_kernel,
     own_backward,
     own_forward,
@@ -42,13 +52,12 @@ _BACKWARD_LEAST = 1024
 _MOST_SUMS = 4
 
 
-class Heads(NamedTuple):
-    """One row's work for one key head and the query heads of its group."""
+class Plan(NamedTuple):
+    """A row's work, the same for every key head but for who reads which block."""
 
-    key: int
-    queries: slice
     tiles: list[Tile]
-    reads: Reads
+    short: list[Short]
+    reads: Iterator[Reads]  # of one key head after the other
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
@@ -69,21 +78,28 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tu
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float) -> None:
     """A piece: ``q`` and ``out`` ``[hq, t, D]``, ``k`` and ``v`` ``[h, S, D]``, ``lse`` ``[hq, t]``."""
-    first = _first(layout)
-    padding = (layout.doc[0, first : first + q.shape[1]] < 0).nonzero().flatten()
-    for j, g, tiles, reads in _work(q, k, layout):
+    first, group = _first(layout), len(q) // len(k)
+    plan = _plan(q, k, layout)
+    together = max(1, TOKENS_PER_CALL // k.shape[1])  # key heads in one call, where each is short
+    for some in range(0, len(k), together):
         # In float32 whatever the dtype: kernels are no faster in a narrow one, and partial results are rounded once.
-        queries, keys, values = q[g].to(lse.dtype).contiguous(), k[j].to(lse.dtype), v[j].to(lse.dtype)
+        keys, values = (x[some : some + together].to(lse.dtype) for x in (k, v))
+        g = slice(some * group, (some + len(keys)) * group)
+        queries, stats = q[g].to(lse.dtype).contiguous(), lse[g].contiguous()
         in_place = out.dtype == lse.dtype and out[g].is_contiguous()
         merged = out[g] if in_place else torch.empty_like(queries)
-        stats = lse[g].contiguous()
-        merged.index_fill_(1, padding, 0.0)
-        for tile in tiles:
-            own_forward(tile, first, queries, keys, values, merged, stats, scale)
-        flat = (queries.flatten(0, 1), merged.flatten(0, 1), stats.flatten())
-        for begin, count, k0 in reads.runs(TOKENS_PER_CALL):
-            rows, block = reads.rows[begin : begin + count], slice(k0, k0 + layout.block_size)
-            _routed_forward(rows, *flat, keys[block], values[block], scale)
+        if not layout.whole:
+            merged.masked_fill_(layout.doc[0, first : first + q.shape[1], None] < 0, 0.0)
+        of_group = [x.unflatten(0, (-1, group)) for x in (queries, merged, stats)]
+        for tile in plan.tiles:
+            own_forward(tile, first, of_group, keys, values, scale)
+        for strip in _strips(plan, layout, g, group, lse.dtype):
+            masked_forward(strip, of_group, keys, values, scale)
+        for j, reads in enumerate(islice(plan.reads, len(keys))):
+            flat_q, flat_out, flat_lse = (x[j].flatten(0, 1) for x in of_group)
+            for begin, count, k0 in reads.runs(TOKENS_PER_CALL):
+                rows, block = reads.rows[begin : begin + count], slice(k0, k0 + layout.block_size)
+                _routed_forward(rows, flat_q, flat_out, flat_lse, keys[j, block], values[j, block], scale)
         if not in_place:
             out[g] = merged
         lse[g] = stats
@@ -145,7 +161,9 @@ def _backward(
     """A piece, as in ``_forward``; ``given`` is dout, q, out and lse, ``places`` take the gradients of q, k and v."""
     dout, q, out, lse = given
     wide, first = lse.dtype, _first(layout)
-    for j, g, tiles, reads in _work(q, k, layout):
+    group, plan = len(q) // len(k), _plan(q, k, layout)
+    for j, reads in enumerate(plan.reads):
+        g = slice(j * group, (j + 1) * group)
         rowwise = [x[g].contiguous() for x in (dout, q, out)]
         keys, values, stats = k[j], v[j], lse[g].contiguous()
         here = (places[0][g], places[1][j], places[2][j])
@@ -155,7 +173,9 @@ def _backward(
         products = None
         if products_pay(q.dtype, stats.numel(), layout.block_size):
             products = Products(rowwise, stats, keys, values, sums, scale)
-        for tile in tiles:
+        for strip in _strips(plan, layout, g, group, wide):
+            masked_backward(strip, rowwise, wide_keys, wide_values, stats, sums, scale)
+        for tile in plan.tiles:
             # One alone is the rest of a document: too many different sizes to compile products for.
             if products is not None and tile.count > 1 and products_pay(q.dtype, tile.count * tile.q_len, tile.k_len):
                 products.own(tile, first)
@@ -198,19 +218,33 @@ def _first(layout: Layout) -> int:
     return int(layout.q_start)  # on a CPU a tensor may be read
 
 
-def _work(q: Tensor, k: Tensor, layout: Layout) -> Iterator[Heads]:
-    """What each key head of a piece has to do."""
+def _plan(q: Tensor, k: Tensor, layout: Layout) -> Plan:
+    """What a piece has to do."""
     first, length, hkv = _first(layout), q.shape[1], k.shape[0]
-    group, stop, doc, pos = q.shape[0] // hkv, first + length, layout.doc[0], layout.pos[0]
+    stop, over = first + length, documents(layout.doc[0], layout.whole)
     if layout.index is None or layout.start is None:
-        tiles = own_tiles(doc, pos, None, 0, first, stop)
-        reads = iter([Reads.none()] * hkv)
-    else:
-        index, block_size = layout.index[0], layout.block_size
-        early = reads_all_before(index, doc[first:stop], pos[first:stop], block_size)
-        dense = 0 if early is None else (index.shape[-1] + 1) * block_size
-        tiles = own_tiles(doc, pos, block_size, dense, first, stop)
-        late = None if early is None or not early.any() else (~early).nonzero().flatten()
-        reads = reads_by_block(index.unflatten(0, (hkv, group)), layout.start[0], late)
-    for j, read in enumerate(reads):
-        yield Heads(j, slice(j * group, (j + 1) * group), tiles, read)
+        return Plan(own_tiles(over, None, 0, first, stop), [], iter([Reads.none()] * hkv))
+    index, begins, block_size = layout.index[0], layout.start[0], layout.block_size
+    top_k = index.shape[-1] + 1
+    pos, doc = layout.pos[0, first:stop], None if layout.whole else layout.doc[0, first:stop]
+    early = top_k * block_size if reads_all_before(index, pos, doc, block_size) else 0
+    short = short_documents(over, begins, early, block_size, top_k, len(q) // hkv, first, stop)
+    firsts = {each.first for each in short}
+    over = [(lo, min(hi, lo + early)) if lo in firsts else (lo, hi) for lo, hi in over]
+    late = pos >= early
+    for each in short:
+        late[each.start - first : each.stop - first] = False
+    late = late.nonzero().flatten()
+    return Plan(
+        own_tiles(over, block_size, early, first, stop),
+        short,
+        reads_by_block(index.unflatten(0, (hkv, -1)), begins, None if len(late) == length else late),
+    )
+
+
+def _strips(plan: Plan, layout: Layout, heads: slice, group: int, dtype: torch.dtype) -> Iterator[Strip]:
+    """The work of a piece's short documents for some query heads."""
+    if layout.index is not None and plan.short:
+        index = layout.index[0, heads].unflatten(0, (-1, group))
+        for short in plan.short:
+            yield from strips(short, _first(layout), index, layout.block_size, dtype)

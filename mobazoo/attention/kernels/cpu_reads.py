@@ -47,12 +47,12 @@ def reads_by_block(index: Tensor, start: Tensor, late: Tensor | None) -> Iterato
         late: int64, the queries whose entries count, ascending (None: all).
     """
     hkv, group, length, k = index.shape
+    if not k or (late is not None and not len(late)):
+        yield from [Reads.none()] * hkv
+        return
     queries = torch.arange(group)[:, None] * length + (torch.arange(length) if late is None else late)
     queries = queries.flatten()
     entries, bins, k0s = queries.shape[0] * k, start.shape[0] + 1, start.tolist()
-    if not entries:
-        yield from [Reads.none()] * hkv
-        return
     together = max(1, _SORTED_TOGETHER // entries)
     for some in index.split(together):
         keys = (some if late is None else some[:, :, late]).flatten(1).int() + 1  # [h, n * (K - 1)], 0 is empty
@@ -72,17 +72,25 @@ def reads_by_block(index: Tensor, start: Tensor, late: Tensor | None) -> Iterato
             yield Reads(rows[head * entries : (head + 1) * entries], blocks)
 
 
-def reads_all_before(index: Tensor, doc: Tensor, pos: Tensor, block_size: int) -> Tensor | None:
-    """``[T]`` bool, the queries so early in their document that top_k reads every block before theirs, if all do.
+def reads_all_before(index: Tensor, pos: Tensor, doc: Tensor | None, block_size: int) -> bool:
+    """Whether every query so early in its document that top_k covers all blocks before its own reads them all.
 
-    Together such queries are plain causal attention over the document's beginning, which needs no gather. ``index``
-    is ``[Hq, T, K - 1]`` of routes that somebody may have chosen by hand: None if they read less.
+    Together such queries are plain causal attention over the document's beginning, which needs no gather.
+
+    Args:
+        index: ``[Hq, T, K - 1]`` of routes that somebody may have chosen by hand.
+        pos: ``[T]``.
+        doc: ``[T]``; None where all tokens are one document's.
+        block_size: tokens in a block.
     """
-    early = (pos < (index.shape[-1] + 1) * block_size) & (doc >= 0)
-    stop = int(early.nonzero().amax()) + 1 if early.any() else 0
-    earlier, later = pos[:stop] // block_size, ~early[:stop]
-    heads = max(1, _SORTED_TOGETHER // max(1, stop * index.shape[-1]))
-    for some in index[:, :stop].split(heads):
-        if not (((some >= 0).sum(-1) == earlier) | later).all():
-            return None
-    return early
+    early = (index.shape[-1] + 1) * block_size
+    if doc is None:
+        pos = pos[: max(0, early - int(pos[0]))]
+        read = index[:, : len(pos)]
+    else:
+        at = ((pos < early) & (doc >= 0)).nonzero().flatten()
+        pos, read = pos[at], index[:, at]
+    heads = max(1, _SORTED_TOGETHER // max(1, pos.numel() * index.shape[-1]))
+    # No query reads more than all, so that their sum tells.
+    found = sum(int(torch.count_nonzero(some >= 0)) for some in read.split(heads))
+    return found == len(index) * int((pos // block_size).sum())
