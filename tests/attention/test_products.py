@@ -13,7 +13,8 @@ from tests.tolerance import check
 
 # Runs of equal blocks, tails of them, documents of one block, padding; two calls for the readers of one block.
 LONG = Case(((700, 65, -3, 200), (-10, 958)), 32, 4, 4, 2, 64)
-CASES = {"long": LONG} | {name: SPARSE[name] for name in ("b1k2", "b7k3", "b64k3", "middle", "whole")}
+STRIPS = Case(((900,),), 150, 2, 4, 2, 16)  # own blocks in strips of queries
+CASES = {"long": LONG, "strips": STRIPS} | {name: SPARSE[name] for name in ("b1k2", "b7k3", "b64k3", "middle", "whole")}
 
 
 @pytest.fixture

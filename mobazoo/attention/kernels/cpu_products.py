@@ -14,7 +14,7 @@ from math import e, log2
 import torch
 from torch import Tensor
 
-from mobazoo.attention.kernels.cpu_own import Tile, pieces_of
+from mobazoo.attention.kernels.cpu_own import Tile, pieces_of, strip_mask
 
 # Scores of one call; keys beyond which, and queries below which, the kernel is as fast.
 _SCORES = 1 << 19
@@ -79,7 +79,7 @@ class Products:
         group = len(q)
         q, dout, lse = (x.flatten(0, 1) for x in (q, dout, lse))
         if tile.causal:
-            lse = lse + torch.full((tile.q_len, tile.k_len), torch.inf).triu(1)
+            lse = lse - strip_mask(tile.q_len, tile.k_len, 1, lse.dtype)
         keys = (pieces_of(x, tile.k_start, tile.k_len, tile).repeat(group, 1, 1) for x in self.keys)
         dq, dk, dv = _gradients(q, dout, lse, *keys)
         dq_sum, dk_sum, dv_sum = self.sums
