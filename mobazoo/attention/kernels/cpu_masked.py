@@ -70,7 +70,8 @@ class Strip(NamedTuple):
 def strips(short: Short, q_start: int, index: Tensor, block_size: int, dtype: torch.dtype) -> Iterator[Strip]:
     """The work of ``short``; ``index [h, G, T, K - 1]`` is of ``Routes``, its queries start at slot ``q_start``."""
     heads, group, _, _ = index.shape
-    keys, count = short.stop - short.first, min(STRIP, short.stop - short.start)
+    keys = short.stop - short.first
+    count = min(STRIP, short.stop - short.start, max(1, _ENTRIES // (group * keys)))
     together = max(1, _ENTRIES // (group * count * keys))  # key heads of a call
     room = torch.empty(min(heads, together) * group * count * (keys + block_size), dtype=dtype)
     later = strip_mask(count, count, 1, dtype)
