@@ -161,7 +161,7 @@ def test_the_wheel_gets_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_options_of_flex_reach_it_and_a_row_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_flex, "capability", lambda _: "9.0")
-    monkeypatch.setattr(flex, "_capability", lambda: "9.0")
+    monkeypatch.setattr(flex, "_capability", lambda _: "9.0")
 
     class Query:
         device, shape = torch.device("cuda"), (1, 2, 128, gpu_flex.SHAPE.dim)

@@ -119,12 +119,12 @@ def _options(q: Tensor) -> dict[str, int] | None:
         return {"PARTITION_SIZE": 1}
     if not TUNED or q.shape[2] < _MANY:
         return None
-    return TUNED.get((_capability(), q.shape[3], q.element_size()))
+    return TUNED.get((_capability(q.device.index), q.shape[3], q.element_size()))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _capability() -> str:
-    return "{}.{}".format(*torch.cuda.get_device_capability())
+def _capability(index: int | None) -> str:
+    return "{}.{}".format(*torch.cuda.get_device_capability(index))
 
 
 def _constants(mask: BlockMask) -> tuple[int, ...]:
