@@ -52,6 +52,17 @@ def test_which_documents_are_short() -> None:
     assert short([1536], 128, 8, q_start=1500) == [(0, 1500, 1536, 0)]
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 5])
+def test_both_passes_decide_alike_however_a_row_is_cut(lanes: int) -> None:
+    """Weights are only as exact as both passes agree on their scores, and they cut rows differently."""
+    begins = torch.arange(0, 2000, 100)
+    for length in (1300, 1600, 2000):
+        cuts = [(length * i // lanes, length * (i + 1) // lanes) for i in range(lanes)]
+        found = [short_documents([(0, length)], begins, 800, 100, 8, 2, *cut) for cut in cuts]
+        late = [cut for cut in cuts if cut[1] > 800]
+        assert len([each for some in found for each in some]) in (0, len(late))
+
+
 @pytest.mark.parametrize(("most", "calls"), [(2 * 2 * 128 * 300, 9), (2 * 50 * 300, 36)])
 def test_a_mask_has_only_so_many_entries(most: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many heads there are: key heads are taken a few at a time, then queries."""

@@ -44,17 +44,21 @@ def short_documents(
     found = []
     for first, stop in over:
         lo, hi = max(first + early, q_start), min(stop, q_stop)
-        if lo < hi and stop - first <= _MOST_TOKENS and _pays(lo - first, hi - first, block_size, top_k, group):
+        if lo < hi and stop - first <= _MOST_TOKENS and _pays(stop - first, block_size, top_k, group):
             known = known or [begin for begin in begins.tolist() if begin >= 0]
             found.append(Short(first, lo, hi, bisect_left(known, first)))
     return found
 
 
-def _pays(start: int, stop: int, block_size: int, top_k: int, group: int) -> bool:
-    """Whether a document's queries ``start .. stop - 1`` take less time with a mask than block by block."""
-    queries = group * (stop - start)
-    masked = queries * (start + stop) / 2
-    routed = queries * top_k * block_size + stop // block_size * _CALL
+def _pays(length: int, block_size: int, top_k: int, group: int) -> bool:
+    """Whether a document's queries that may choose take less time with a mask than block by block.
+
+    It looks at whole documents only, so that both passes decide alike however a row is cut.
+    """
+    early = min(top_k * block_size, length)
+    queries = group * (length - early)
+    masked = queries * (early + length) / 2
+    routed = queries * top_k * block_size + length // block_size * _CALL
     return masked < routed
 
 
