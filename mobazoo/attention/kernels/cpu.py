@@ -37,7 +37,7 @@ from mobazoo.attention.kernels.cpu_own import (
     own_forward,
     own_tiles,
 )
-from mobazoo.attention.kernels.cpu_products import Products, products_pay
+from mobazoo.attention.kernels.cpu_products import Products, own_products_pay, products_pay
 from mobazoo.attention.kernels.cpu_reads import Reads, reads_all_before, reads_by_block
 from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.lanes import Piece, pieces, spread
@@ -177,8 +177,7 @@ def _backward(
         for strip in _strips(plan, layout, g, group, wide):
             masked_backward(strip, rowwise, wide_keys, wide_values, stats, sums, scale)
         for tile in plan.tiles:
-            # One alone is the rest of a document: too many different sizes to compile products for.
-            if products is not None and tile.count > 1 and products_pay(q.dtype, tile.count * tile.q_len, tile.k_len):
+            if products is not None and own_products_pay(q.dtype, tile):
                 products.own(tile, first)
             else:
                 own_backward(tile, first, rowwise, wide_keys, wide_values, stats, sums, scale)

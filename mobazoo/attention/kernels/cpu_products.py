@@ -1,15 +1,15 @@
-"""Gradients in bfloat16 on a CPU by matrix products, for blocks of few keys.
+"""Gradients in bfloat16 on a CPU by matrix products.
 
-With few keys a call, the flash kernel's backward is no faster in bfloat16 than in float32. Plain products are, on
-processors that multiply bfloat16. Scores are float32, because theirs would be the rounding of an exponent. The other
-four products sum in float32 what is bfloat16, and are rounded to it.
+The flash kernel's backward multiplies bfloat16 too, but spends twice the time around its products. Two of the five
+here end in what follows them: oneDNN makes a product's float32 sums weights, and multiplies another's by them, before
+it rounds. Nothing is rounded that stands in an exponent.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from math import e, log2
+from math import e, frexp, log, log2
 
 import torch
 from torch import Tensor
@@ -18,10 +18,14 @@ from mobazoo.attention.kernels.cpu_own import Tile, pieces_of, strip_mask
 
 # Scores of one call; keys beyond which, and queries below which, the kernel is as fast.
 _SCORES = 1 << 19
-_MOST_KEYS = 256
-_LEAST_QUERIES = 256
+_MOST_KEYS = 4096
+_LEAST_QUERIES = 128
 # Readers of a block are filled up to a multiple: oneDNN compiles a product for every size it meets.
 _MULTIPLE = 64
+# oneDNN ends a product in a sigmoid, not in an exponential: they are equal far below zero. Weights are divided by this
+# power of two, which leaves a difference of 2 ** -16 of a weight, and gradients of the output multiplied by it.
+_SHIFT = 16
+_NEVER = 1e30  # as the log-sum-exp of a query, takes all its weights away
 
 
 def products_pay(dtype: torch.dtype, queries: int, keys: int) -> bool:
@@ -30,13 +34,18 @@ def products_pay(dtype: torch.dtype, queries: int, keys: int) -> bool:
     return dtype == torch.bfloat16 and few and many and _multiplies_bfloat16()
 
 
+def own_products_pay(dtype: torch.dtype, tile: Tile) -> bool:
+    """Whether they are faster for a tile of own-block work."""
+    # One piece alone is the rest of a document: too many different sizes to compile products for.
+    equal = tile.strip and tile.count > 1
+    return equal and products_pay(dtype, tile.count * tile.q_len, tile.k_len)
+
+
 @cache
 def _multiplies_bfloat16() -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False  # and there is no operator to ask
-    if torch.cpu._is_avx2_supported():  # oneDNN takes bfloat16 on any AVX-512, and widens it where it must
-        return torch.cpu._is_avx512_bf16_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # Where the processor cannot, oneDNN takes bfloat16 all the same, and widens it.
+    able = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return able and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Products:
@@ -54,19 +63,25 @@ class Products:
         self, rowwise: list[Tensor], lse: Tensor, k: Tensor, v: Tensor, sums: list[Tensor], scale: float
     ) -> None:
         dout, q, out = rowwise
+        dtype = q.dtype
         self.sums, self.scale = sums, scale
         # (dout, delta) . (v, -1): a weight's gradient less its row's mean, which would cancel digits if rounded before.
         delta = (dout.float() * out).sum(-1, keepdim=True)
-        coarse = delta.to(dout.dtype)
-        dout = torch.cat([dout, coarse, (delta - coarse).to(dout.dtype)], -1)
+        dout = torch.cat([dout, *_parts(delta, 2, dtype)], -1).mul_(2.0**_SHIFT)
+        v = torch.cat([v, v.new_full((len(v), 2), -1.0)], -1)
         # Powers of two cost less than powers of e.
-        self.queries = q, dout, (lse * log2(e))[..., None]
-        self.keys = k, k.float() * (scale * log2(e)), torch.cat([v, v.new_full((len(v), 2), -1.0)], -1)
+        self.of_own = q, dout, (lse * log2(e) + _SHIFT)[..., None]
+        self.own_keys = k, k.float() * (scale * log2(e)), v
+        # (q, lse) . (scaled k, -1): the logarithm of a weight. A power of two scales k exactly.
+        scaled = _parts(k.float() * scale, 1 if frexp(scale)[0] == 0.5 else 2, dtype)
+        minuend = torch.cat([*[q] * len(scaled), *_parts(lse[..., None] + _SHIFT * log(2), 3, dtype)], -1)
+        self.of_readers = minuend.flatten(0, 1), dout.flatten(0, 1)
+        self.read_keys = k, torch.cat([*scaled, k.new_full((len(k), 3), -1.0)], -1), v
 
     def own(self, tile: Tile, q_start: int) -> None:
         """Adds one tile of own-block work."""
         most = max(1, _SCORES // (tile.q_len * tile.k_len))  # pieces of a query head
-        group = self.queries[0].shape[0]
+        group = self.of_own[0].shape[0]
         heads, step = min(group, most), max(1, most // group)
         for done in range(0, tile.count, step):
             on, count = done * tile.stride, min(step, tile.count - done)
@@ -75,13 +90,15 @@ class Products:
                 self._own(few, few.q_start - q_start, slice(head, head + heads))
 
     def _own(self, tile: Tile, at: int, heads: slice) -> None:
-        q, dout, lse = (pieces_of(x[heads], at, tile.q_len, tile) for x in self.queries)
+        q, dout, lse = (pieces_of(x[heads], at, tile.q_len, tile) for x in self.of_own)
         group = len(q)
         q, dout, lse = (x.flatten(0, 1) for x in (q, dout, lse))
         if tile.causal:
             lse = lse - strip_mask(tile.q_len, tile.k_len, 1, lse.dtype)
-        keys = (pieces_of(x, tile.k_start, tile.k_len, tile).repeat(group, 1, 1) for x in self.keys)
-        dq, dk, dv = _gradients(q, dout, lse, *keys)
+        k, wide_k, v = (pieces_of(x, tile.k_start, tile.k_len, tile).repeat(group, 1, 1) for x in self.own_keys)
+        weights = (q.to(wide_k.dtype) @ wide_k.mT).sub_(lse).exp2_()
+        slopes = (dout @ v.mT).to(weights.dtype).mul_(weights).to(q.dtype)
+        dq, dk, dv = slopes @ k, slopes.mT @ q, weights.to(q.dtype).mT @ dout[..., : q.shape[-1]]
         dq_sum, dk_sum, dv_sum = self.sums
         pieces_of(dq_sum[heads], at, tile.q_len, tile).add_(dq.unflatten(0, (group, -1)), alpha=self.scale)
         for total, part, alpha in ((dk_sum, dk, self.scale), (dv_sum, dv, 1.0)):
@@ -90,23 +107,29 @@ class Products:
 
     def routed(self, rows: Tensor, block: slice) -> None:
         """Adds what ``rows [n]``, of ``G * T``, read of a block."""
-        keys = [x[block] for x in self.keys]
-        dq_sum, dk_sum, dv_sum = self.sums
         for some in rows.split(max(1, _SCORES // _MULTIPLE // (block.stop - block.start)) * _MULTIPLE):
-            count = len(some)
-            filled = torch.cat([some, some[:1].expand(-count % _MULTIPLE)])
-            q, dout, lse = (x.flatten(0, 1).index_select(0, filled) for x in self.queries)
-            lse[count:] = torch.inf  # who fills up weighs nothing
-            dq, dk, dv = _gradients(q, dout, lse, *keys)
-            dq_sum.flatten(0, 1).index_add_(0, some, dq[:count].to(dq_sum.dtype).mul_(self.scale))
-            dk_sum[block].add_(dk, alpha=self.scale)
-            dv_sum[block].add_(dv)
+            self._routed(some, block)
+
+    def _routed(self, rows: Tensor, block: slice) -> None:
+        product = torch.ops.mkldnn._linear_pointwise
+        k, columns, v = (x[block] for x in self.read_keys)
+        count, dim = len(rows), k.shape[1]
+        more = -count % _MULTIPLE
+        filled = torch.cat([rows, rows[:1].expand(more)]) if more else rows
+        q, dout = (x.index_select(0, filled) for x in self.of_readers)
+        q[count:, -3] = _NEVER
+        weights = product(q, columns, None, "sigmoid", [], "")
+        slopes = product.binary(dout, weights, v, None, "mul")
+        dq_sum, dk_sum, dv_sum = self.sums
+        dq_sum.flatten(0, 1).index_add_(0, rows, (slopes @ k)[:count].to(dq_sum.dtype).mul_(self.scale))
+        dk_sum[block].add_(slopes.mT @ q[:, :dim], alpha=self.scale)
+        dv_sum[block].add_(weights.mT @ dout[:, :dim])
 
 
-def _gradients(
-    q: Tensor, dout: Tensor, lse: Tensor, k: Tensor, wide_k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``q`` and ``k`` without the scale, and of ``v``; all operands ``[..., n, D]`` as ``Products`` keeps them."""
-    weights = (q.to(wide_k.dtype) @ wide_k.mT).sub_(lse).exp2_()
-    slopes = (dout @ v.mT).to(weights.dtype).mul_(weights).to(q.dtype)
-    return slopes @ k, slopes.mT @ q, weights.to(q.dtype).mT @ dout[..., : q.shape[-1]]
+def _parts(x: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
+    """Tensors of a narrow dtype whose sum is ``x``, but for the last one's rounding."""
+    parts: list[Tensor] = []
+    for _ in range(count):
+        parts.append(x.to(dtype))
+        x = x - parts[-1]
+    return parts
