@@ -7,12 +7,14 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mobazoo.attention.blocks import UNUSED, Centroids
 from mobazoo.attention.gates import TORCH, TRITON, check_by
 from mobazoo.attention.heap import keep_heap
 from mobazoo.attention.pattern import MoBA
 from mobazoo.attention.segments import Segments
+from mobazoo.attention.selection import RUN, largest
 from mobazoo.errors import InputError
 
 EMPTY = -1
@@ -21,14 +23,10 @@ EMPTY = -1
 # should fill the machine; both are far below the 1 GiB that `route` promises.
 _CHUNK_BYTES_PER_THREAD = 8 << 20
 _CHUNK_BYTES = 256 << 20
-# One score costs float32 score, int32 order, int64 key, and as much again inside top-k; one query its float32 copy.
-_BYTES_PER_SCORE = 32
+# One score costs its float32 and, with a quarter of the others, what a selection needs (40 bytes where all take part in
+# it); one query its float32 copy.
+_BYTES_PER_SCORE = 16
 _BYTES_PER_QUERY_DIM = 8
-
-# Blocks whose maximum stands for them in the first round of the selection.
-_RUN = 8
-
-_SMALLEST = -(1 << 63)  # below every key of a score
 
 
 @dataclass(frozen=True)
@@ -168,14 +166,28 @@ def _choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor)
     heads = max(1, min(hkv, _CHUNK_BYTES // (n * (_BYTES_PER_SCORE * group + 4 * dim))))
     for j in range(0, hkv, heads):
         some = slice(j, j + heads)
-        centroid = mean[some].float().transpose(1, 2)  # [h, D, N]
+        centroid = pad(mean[some].float(), (0, 0, 0, RUN))  # [h, N + RUN, D], since whole runs of blocks are scored
         for t0, t1, n0, n1 in _chunks(first, stop, chooses, q[some].shape, n):
             place = index[some, :, t0:t1, : min(k, n1 - n0)]
             chunk = q[some, :, t0:t1].float().flatten(1, 2)  # [h, G * t, D]
-            keys = _sort_keys(torch.bmm(chunk, centroid[:, :, n0:n1])).unflatten(1, (group, -1))
-            _hide(keys, first[t0:t1], stop[t0:t1], n0, n1)
-            best = (_top(keys, place.shape[3]) & 0xFFFFFFFF).add_(n0)  # [h, G, t, width]
+            scores = torch.bmm(centroid[:, n0 : n0 + -(-(n1 - n0) // RUN) * RUN], chunk.mT)  # [h, n, G * t]
+            _hide(scores.unflatten(2, (group, -1)), first[t0:t1] - n0, stop[t0:t1] - n0)
+            best = largest(scores, place.shape[3]).add_(n0).unflatten(2, (group, -1)).permute(0, 2, 3, 1)
             place.copy_(torch.where(chooses[t0:t1, None], best, place))
+
+
+def _hide(scores: Tensor, first: Tensor, stop: Tensor) -> None:
+    """Puts blocks outside each query's ``first .. stop - 1`` below all others; scores ``[h, n, G, t]``."""
+    lowest = torch.finfo(scores.dtype).min
+    scores.nan_to_num_(lowest, neginf=lowest)
+    n = scores.shape[1]
+    # On a CPU it may be asked which blocks are outside for nobody.
+    certain, shut = (int(first[-1]), max(0, int(stop[0]))) if scores.device.type == "cpu" else (n, 0)
+    number = torch.arange(n, device=scores.device)[:, None]
+    if certain > 0:
+        scores[:, :certain].masked_fill_((number[:certain] < first)[:, None], -torch.inf)
+    if shut < n:
+        scores[:, shut:].masked_fill_((number[shut:] >= stop)[:, None], -torch.inf)
 
 
 def _chunks(
@@ -196,7 +208,7 @@ def _chunks(
     if first.device.type != "cpu":
         step = max(1, budget // cost(1, n))
         return [(t, min(t + step, length), 0, n) for t in range(0, length, step)]
-    edge = torch.nn.functional.pad(chooses, (1, 1))
+    edge = pad(chooses, (1, 1))
     chunks = []
     for t0, end in (edge[1:] != edge[:-1]).nonzero().view(-1, 2).tolist():
         while t0 < end:
@@ -210,43 +222,3 @@ def _chunks(
             chunks.append((t0, t1, int(first[t0]), int(stop[t1 - 1])))
             t0 = t1
     return chunks
-
-
-def _sort_keys(scores: Tensor) -> Tensor:
-    """int64 keys ``[..., N]`` that sort as (score, block number) do: equal scores fall to the most recent block.
-
-    The high word is the float32 score as an integer of the same order (-0.0 equals 0.0), the low word the number.
-    """
-    bits = scores.view(torch.int32)
-    sign = bits >> 31  # 0 or -1
-    order = (bits & 0x7FFFFFFF).bitwise_xor_(sign).sub_(sign)
-    number = torch.arange(scores.shape[-1], device=scores.device)
-    return torch.add(number, order, alpha=1 << 32)
-
-
-def _top(keys: Tensor, k: int) -> Tensor:
-    """The ``k`` largest keys of the last dimension, largest first: ``[..., N]`` -> ``[..., k]``.
-
-    The ``k`` largest lie in the ``k`` runs with the largest maxima, and maxima are far cheaper than a selection.
-    """
-    n = keys.shape[-1]
-    if n <= 2 * _RUN * k:
-        return keys.topk(k, dim=-1).values
-    whole = n - n % _RUN
-    runs = keys[..., :whole].reshape(-1, whole // _RUN, _RUN)  # [rows, runs, RUN]
-    chosen = runs.amax(-1).topk(k, dim=-1, sorted=False).indices  # [rows, k]
-    chosen += torch.arange(0, runs.shape[0] * runs.shape[1], runs.shape[1], device=keys.device)[:, None]
-    few = runs.flatten(0, 1).index_select(0, chosen.flatten()).view(*keys.shape[:-1], k * _RUN)
-    return torch.cat([few, keys[..., whole:]], dim=-1).topk(k, dim=-1).values
-
-
-def _hide(keys: Tensor, first: Tensor, stop: Tensor, n0: int, n1: int) -> None:
-    """Puts blocks outside each query's ``first .. stop - 1`` below all others; keys ``[Hkv, G, t, n1 - n0]``."""
-    certain, shut = (int(first[-1]), int(stop[0])) if keys.device.type == "cpu" else (n1, n0)
-    number = torch.arange(n0, n1, device=keys.device)
-    if certain > n0:
-        left = slice(0, certain - n0)
-        keys[..., left].masked_fill_(number[left] < first[:, None], _SMALLEST)
-    if shut < n1:
-        right = slice(max(0, shut - n0), None)
-        keys[..., right].masked_fill_(number[right] >= stop[:, None], _SMALLEST)

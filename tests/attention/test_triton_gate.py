@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mobazoo.attention import Full, MoBA, Segments, attend, centroids, gates, routing, triton_runs
+from mobazoo.attention import Full, MoBA, Segments, attend, centroids, gates, selection, triton_runs
 from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.blocks import centroids_by
 from mobazoo.attention.kernels import triton_route
@@ -104,7 +104,9 @@ def test_integers_of_the_same_order(device: str) -> None:
     x = torch.tensor([*scores, 2.0, -2.0, 1e-30, -1e-30], device=device)
     y = torch.empty(16, dtype=torch.int32, device=device)
     _order[(1,)](x, y)
-    assert torch.equal(y.long(), (routing._sort_keys(x[:, None]) >> 32).flatten())
+    assert torch.equal(
+        y.long(), (selection._keys(x[None, :, None], torch.zeros(1, device=device).long(), 1) >> 32).flatten()
+    )
 
 
 @pytest.mark.parametrize("device", TRITON_ON)
