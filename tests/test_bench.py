@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from mobazoo.attention import MoBA
 from mobazoo.bench import attention, command, decode
+from tests.factories import spy
 
 
 def small(**changes: object) -> attention.Case:
@@ -118,6 +119,17 @@ def test_the_suite_holds_the_bounds() -> None:
     assert (attention.Case(), ">= 8.5") in cases
     assert {case.dtype for case, _ in cases} == {"float32", "bfloat16"}
     assert {case.length for case, _ in cases} >= {768, 1536, 32768, 65536}
+
+
+def test_growth_is_time_per_token_over_that_of_half_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([9.0, 9.0, 4.0, 10.0, 4.0, 8.0])  # warm-up, then two rounds
+    monkeypatch.setattr(attention, "seconds", lambda work: (work(), next(clock))[1])
+    lengths = spy(monkeypatch, attention, "attend", lambda given, _: given[0].shape[2])
+    found = attention.growth(attention.Case(length=256, block_size=16), rounds=2, repeats=1)
+    assert lengths == [128, 256] * 3
+    assert found.ratios == [1.25, 1.0]
+    assert found.line() == "forward, 256 tokens, block 16, top 3, float32: +12 % (+0 to +25), bound +15 %"
+    assert found.row()["bound"] == "<= 1.15"
 
 
 def test_the_page_names_the_bounds_of_the_suite() -> None:

@@ -205,6 +205,9 @@ def _chunks(
     def cost(tokens: int, blocks: int) -> int:
         return tokens * (_BYTES_PER_SCORE * blocks + _BYTES_PER_QUERY_DIM * dim)
 
+    def fits(t0: int, t1: int) -> bool:
+        return cost(t1 - t0, int(stop[t1 - 1]) - int(first[t0])) <= budget
+
     if first.device.type != "cpu":
         step = max(1, budget // cost(1, n))
         return [(t, min(t + step, length), 0, n) for t in range(0, length, step)]
@@ -212,13 +215,10 @@ def _chunks(
     chunks = []
     for t0, end in (edge[1:] != edge[:-1]).nonzero().view(-1, 2).tolist():
         while t0 < end:
-            t1, too_far = t0 + 1, end + 1
+            t1, too_far = (end, end + 1) if fits(t0, end) else (t0 + 1, end)
             while t1 + 1 < too_far:
                 middle = (t1 + too_far) // 2
-                if cost(middle - t0, int(stop[middle - 1] - first[t0])) <= budget:
-                    t1 = middle
-                else:
-                    too_far = middle
+                t1, too_far = (middle, too_far) if fits(t0, middle) else (t1, middle)
             chunks.append((t0, t1, int(first[t0]), int(stop[t1 - 1])))
             t0 = t1
     return chunks

@@ -26,6 +26,8 @@ from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.problem import Problem
 from mobazoo.bench.ratios import ratios, speedup
 
+GROWTH_BOUND = 15  # per cent
+
 
 @dataclass(frozen=True)
 class Case:
@@ -85,6 +87,23 @@ class Result:
         }
 
 
+@dataclass(frozen=True)
+class Growth:
+    """How MoBA's time per token grows from half of a case's length to the whole, by round: 1.1 is 10 % more."""
+
+    case: Case
+    ratios: list[float]
+
+    def line(self) -> str:
+        """It in a few words."""
+        percent = [f"{100 * (ratio - 1):+.0f}" for ratio in (median(self.ratios), min(self.ratios), max(self.ratios))]
+        return f"{self.case.label()}: {percent[0]} % ({percent[1]} to {percent[2]}), bound +{GROWTH_BOUND} %"
+
+    def row(self) -> dict[str, Any]:
+        """What is written to JSON."""
+        return {**asdict(self.case), "growth": self.ratios, "bound": f"<= {1 + GROWTH_BOUND / 100}"}
+
+
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Random ``q``, ``k``, ``v`` of a case: unrelated, the worst case for anything that hopes for locality."""
     generator = torch.Generator().manual_seed(0)
@@ -140,6 +159,22 @@ def measured(cases: list[tuple[Case, str]], rounds: int, console: Console) -> li
             last = f"round {done + 1} of {passes}: " if passes > 1 else ""
             console.print(f"{last}{case.label()}: [bold]{result.speedup:.2f}x[/] {bound}")
     return results
+
+
+def growth(case: Case, rounds: int = 3, repeats: int = 3) -> Growth:
+    """Times a forward of half a case's length and of the whole right after it, ``rounds`` times after a warm-up."""
+    pattern = MoBA(case.block_size, case.top_k)
+
+    def forward(length: int) -> Callable[[], object]:
+        q, k, v = inputs(replace(case, length=length))
+        return lambda: attend(q, k, v, pattern=pattern, backend=case.backend)
+
+    half, whole = forward(case.length // 2), forward(case.length)
+    found = []
+    for _ in range(rounds + 1):
+        before = median(seconds(half) for _ in range(repeats))
+        found.append(median(seconds(whole) for _ in range(repeats)) / before / 2)
+    return Growth(case, found[1:])
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -208,6 +243,12 @@ def _stages(case: Case) -> dict[str, float]:
             spent[stage] += event.cpu_time_total / 1e6
     merge = total - took["own blocks"] - sum(spent.values())
     return {**took, **spent, "merge and the rest": merge}
+
+
+def suite_growth() -> Iterator[Case]:
+    """Whose time per token is compared with that of half the length."""
+    yield Case(length=65536)
+    yield Case(length=65536, block_size=128, top_k=8)
 
 
 def suite_cpu() -> Iterator[tuple[Case, str]]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mobazoo.bench import decode
-from mobazoo.bench.attention import Case, Result, measured, stages, suite_cpu
+from mobazoo.bench.attention import Case, Growth, Result, growth, measured, stages, suite_cpu, suite_growth
 from mobazoo.bench.page import bench_page, described, is_bench_page
 from mobazoo.config.dtypes import Dtype
 from mobazoo.errors import InputError, MobazooError
@@ -62,11 +62,18 @@ def main(
             return
         one = Case(length, block_size, top_k, dtype, backward, backend)
         cases = list(suite_cpu()) if suite else [(one, "")]
+        growing = list(suite_growth()) if suite else []
         if dry_run:
             for case, bound in cases:
                 console.print(f"would time {case.label()} {bound}".rstrip())
+            for case in growing:
+                console.print(f"would time {case.label()} against half the length")
             return
         results = measured(cases, rounds, console)
+        growths = []
+        for case in growing:
+            growths.append(growth(case, rounds))
+            console.print(f"time per token against half the length: {growths[-1].line()}")
         for result, _ in results:  # after all timing: a profiler leaves a process slower than it found it
             case = result.case
             if not case.backward and case.length >= 32768 and result.backend.endswith("flash"):
@@ -76,9 +83,13 @@ def main(
         console.print(described(machine()))
         if json_path is not None:
             rows = [{**result.row(), "bound": bound} for result, bound in results]
-            write_whole(json_path, json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+            write_whole(
+                json_path,
+                json.dumps({"machine": machine(), "results": rows, "growth": [x.row() for x in growths]}, indent=1)
+                + "\n",
+            )
         if markdown is not None:
-            write_whole(markdown, _markdown(results, suite))
+            write_whole(markdown, _markdown(results, growths, suite))
     except MobazooError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -119,7 +130,7 @@ def _stages_line(result: Result) -> str:
     return f"{result.case.label()}: {spent} (ms)"
 
 
-def _markdown(results: list[tuple[Result, str]], suite: str) -> str:
+def _markdown(results: list[tuple[Result, str]], growths: list[Growth], suite: str) -> str:
     """The page docs/benchmarks/cpu.md."""
     words = [
         "Batch 1, 4 query and 2 key heads, head dim 64, random inputs. Full attention is",
@@ -127,6 +138,9 @@ def _markdown(results: list[tuple[Result, str]], suite: str) -> str:
         "median over paired rounds, the range its extremes.",
     ]
     after = [
+        *(["How MoBA's time per token grows from half the length, paired (and its range):", ""] if growths else []),
+        *(f"- {each.line()}" for each in growths),
+        *([""] if growths else []),
         "Where a thread spends the forward of one key head (gate and own blocks timed alone, the rest profiled):",
         "",
         *(f"- {_stages_line(result)}" for result, _ in results if result.stages),
