@@ -1,8 +1,8 @@
 """Gradients in bfloat16 on a CPU by matrix products.
 
-The flash kernel's backward multiplies bfloat16 too, but spends twice the time around its products. Two of the five
-here end in what follows them: oneDNN makes a product's float32 sums weights, and multiplies another's by them, before
-it rounds. Nothing is rounded that stands in an exponent.
+The flash kernel's backward spends as much time around its five products as on them. Two of the five here end in what
+follows them: oneDNN makes a product's float32 sums weights, and multiplies another's by them, before it rounds. Nothing
+is rounded that stands in an exponent.
 """
 
 from __future__ import annotations
