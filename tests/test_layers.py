@@ -40,7 +40,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 ATTENTION: tuple[tuple[str, ...], ...] = (
     ("mobazoo.attention.pattern", "mobazoo.attention"),
-    ("mobazoo.attention.heap", "mobazoo.attention.lanes", "mobazoo.attention.triton_runs"),
+    (
+        "mobazoo.attention.heap",
+        "mobazoo.attention.lanes",
+        "mobazoo.attention.selection",
+        "mobazoo.attention.triton_runs",
+    ),
     ("mobazoo.attention.problem",),
     ("mobazoo.attention.gates",),
     ("mobazoo.attention.segments",),
