@@ -178,7 +178,7 @@ def _choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor)
 
 def _hide(scores: Tensor, first: Tensor, stop: Tensor) -> None:
     """Puts blocks outside each query's ``first .. stop - 1`` below all others; scores ``[h, n, G, t]``."""
-    lowest = torch.finfo(scores.dtype).min
+    lowest = torch.finfo(scores.dtype).min  # what no number is, or too low for one, is still above a hidden block
     scores.nan_to_num_(lowest, neginf=lowest)
     n = scores.shape[1]
     # On a CPU it may be asked which blocks are outside for nobody.

@@ -83,11 +83,8 @@ def main(
         console.print(described(machine()))
         if json_path is not None:
             rows = [{**result.row(), "bound": bound} for result, bound in results]
-            write_whole(
-                json_path,
-                json.dumps({"machine": machine(), "results": rows, "growth": [x.row() for x in growths]}, indent=1)
-                + "\n",
-            )
+            found = {"machine": machine(), "results": rows, "growth": [each.row() for each in growths]}
+            write_whole(json_path, json.dumps(found, indent=1) + "\n")
         if markdown is not None:
             write_whole(markdown, _markdown(results, growths, suite))
     except MobazooError as error:

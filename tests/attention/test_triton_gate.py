@@ -104,9 +104,8 @@ def test_integers_of_the_same_order(device: str) -> None:
     x = torch.tensor([*scores, 2.0, -2.0, 1e-30, -1e-30], device=device)
     y = torch.empty(16, dtype=torch.int32, device=device)
     _order[(1,)](x, y)
-    assert torch.equal(
-        y.long(), (selection._keys(x[None, :, None], torch.zeros(1, device=device).long(), 1) >> 32).flatten()
-    )
+    keys = selection._keys(x[None, :, None], torch.zeros(1, dtype=torch.int64, device=device), 1)
+    assert torch.equal(y.long(), (keys >> 32).flatten())
 
 
 @pytest.mark.parametrize("device", TRITON_ON)

@@ -69,17 +69,17 @@ class Products:
         delta = (dout.float() * out).sum(-1, keepdim=True)
         dout = torch.cat([dout, *_parts(delta, 2, dtype)], -1).mul_(2.0**_SHIFT)
         v = torch.cat([v, v.new_full((len(v), 2), -1.0)], -1)
-        # Powers of two cost less than powers of e.
+        # For own blocks: powers of two cost less than powers of e.
         self.of_own = q, dout, (lse * log2(e) + _SHIFT)[..., None]
         self.own_keys = k, k.float() * (scale * log2(e)), v
-        # (q, lse) . (scaled k, -1): the logarithm of a weight. A power of two scales k exactly.
+        # For readers of other blocks, (q, lse) . (scaled k, -1): a weight's logarithm. A power of two scales k exactly.
         scaled = _parts(k.float() * scale, 1 if frexp(scale)[0] == 0.5 else 2, dtype)
-        minuend = torch.cat([*[q] * len(scaled), *_parts(lse[..., None] + _SHIFT * log(2), 3, dtype)], -1)
-        self.of_readers = minuend.flatten(0, 1), dout.flatten(0, 1)
+        with_lse = torch.cat([*[q] * len(scaled), *_parts(lse[..., None] + _SHIFT * log(2), 3, dtype)], -1)
+        self.of_readers = with_lse.flatten(0, 1), dout.flatten(0, 1)
         self.read_keys = k, torch.cat([*scaled, k.new_full((len(k), 3), -1.0)], -1), v
 
     def own(self, tile: Tile, q_start: int) -> None:
-        """Adds one tile of own-block work."""
+        """Adds one tile of own-block work, a strip."""
         most = max(1, _SCORES // (tile.q_len * tile.k_len))  # pieces of a query head
         group = self.of_own[0].shape[0]
         heads, step = min(group, most), max(1, most // group)
@@ -93,8 +93,7 @@ class Products:
         q, dout, lse = (pieces_of(x[heads], at, tile.q_len, tile) for x in self.of_own)
         group = len(q)
         q, dout, lse = (x.flatten(0, 1) for x in (q, dout, lse))
-        if tile.causal:
-            lse = lse - strip_mask(tile.q_len, tile.k_len, 1, lse.dtype)
+        lse = lse - strip_mask(tile.q_len, tile.k_len, 1, lse.dtype)
         k, wide_k, v = (pieces_of(x, tile.k_start, tile.k_len, tile).repeat(group, 1, 1) for x in self.own_keys)
         weights = (q.to(wide_k.dtype) @ wide_k.mT).sub_(lse).exp2_()
         slopes = (dout @ v.mT).to(weights.dtype).mul_(weights).to(q.dtype)
