@@ -137,7 +137,7 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str 
     # Whoever may read k blocks or fewer reads them all, the most recent first; only the others choose.
     recent = stop[..., None] - 1 - torch.arange(k, device=q.device)  # [B, T, k]
     recent = torch.where(recent >= first[..., None], recent, EMPTY).to(_index_dtype(n))
-    index = recent[:, None].repeat(1, hq, 1, 1)
+    index = recent[:, None].expand(-1, hq, -1, -1).contiguous()
     if k == 0 or n == 0:
         return index
     group = hq // hkv

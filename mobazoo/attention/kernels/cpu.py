@@ -38,7 +38,7 @@ from mobazoo.attention.kernels.cpu_own import (
     own_tiles,
 )
 from mobazoo.attention.kernels.cpu_products import Products, own_products_pay, products_pay
-from mobazoo.attention.kernels.cpu_reads import Reads, reads_all_before, reads_by_block
+from mobazoo.attention.kernels.cpu_reads import Reads, calls, reads_all_before, reads_by_block
 from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.lanes import Piece, pieces, spread
 
@@ -82,6 +82,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: 
     first, group = _first(layout), len(q) // len(k)
     plan = _plan(q, k, layout)
     together = max(1, TOKENS_PER_CALL // k.shape[1])  # key heads in one call, where each is short
+    pair = min(2, torch.get_num_threads())  # key heads whose readers of a block share a call
     for some in range(0, len(k), together):
         # In float32 whatever the dtype: kernels are no faster in a narrow one, and partial results are rounded once.
         keys, values = (x[some : some + together].to(lse.dtype) for x in (k, v))
@@ -96,30 +97,38 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: 
             own_forward(tile, first, of_group, keys, values, scale)
         for strip in _strips(plan, layout, g, group, lse.dtype):
             masked_forward(strip, of_group, keys, values, scale)
-        for j, reads in enumerate(islice(plan.reads, len(keys))):
-            flat_q, flat_out, flat_lse = (x[j].flatten(0, 1) for x in of_group)
-            for begin, count, k0 in reads.runs(TOKENS_PER_CALL):
-                rows, block = reads.rows[begin : begin + count], slice(k0, k0 + layout.block_size)
-                _routed_forward(rows, flat_q, flat_out, flat_lse, keys[j, block], values[j, block], scale)
+        for j in range(0, len(keys), pair):
+            flat = [x[j : j + pair].flatten(0, 2) for x in of_group]
+            reads = list(islice(plan.reads, len(keys[j : j + pair])))
+            for call in calls(reads, group * q.shape[1], TOKENS_PER_CALL):
+                block = slice(call.k0, call.k0 + layout.block_size)
+                read = [(keys[j + head, block], values[j + head, block]) for head in call.heads]
+                _routed_forward(call.rows, flat, read, scale)
         if not in_place:
             out[g] = merged
         lse[g] = stats
 
 
-def _routed_forward(rows: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Merges what ``rows`` read of one block into ``out [G * T, D]`` and ``lse [G * T]`` while it is in cache."""
+def _routed_forward(readers: list[Tensor], flat: list[Tensor], read: list[tuple[Tensor, Tensor]], scale: float) -> None:
+    """Merges what the readers of a block, in one key head or two, read there into the output while it is in cache.
+
+    ``flat`` is q and output ``[rows, D]`` and log-sum-exp ``[rows]``, ``read`` keys and values ``[block_size, D]``.
+    """
+    q, out, lse = flat
     # The kernel shares whole tiles of queries among threads, which leaves one waiting for the other; equal parts as
-    # separate batch entries do not.
-    count, parts = len(rows), max(1, min(torch.get_num_threads(), len(rows) // _ROWS_PER_THREAD))
-    filled = rows if count % parts == 0 else torch.cat([rows, rows[: -count % parts]])
-    part, part_lse = forward_kernel(
-        q.index_select(0, filled).view(parts, 1, -1, q.shape[1]),
-        k.expand(parts, 1, -1, -1),
-        v.expand(parts, 1, -1, -1),
-        0.0,
-        False,
-        scale=scale,
-    )
+    # separate batch entries do not. Two key heads are two parts, the shorter filled up; one is cut.
+    if len(readers) > 1:
+        rows, parts, most = torch.cat(readers), len(readers), len(readers[0])
+        k, v = (torch.stack(of_heads)[:, None] for of_heads in zip(*read, strict=True))
+    else:
+        rows = readers[0]
+        parts = max(1, min(torch.get_num_threads(), len(rows) // _ROWS_PER_THREAD))
+        most = -(-len(rows) // parts)
+        k, v = (x.expand(parts, 1, -1, -1) for x in read[0])
+    count, spare = len(rows), parts * most - len(rows)
+    filled = torch.cat([rows, rows[-1:].expand(spare)]) if spare else rows
+    queries = q.index_select(0, filled).view(parts, 1, most, -1)
+    part, part_lse = forward_kernel(queries, k, v, 0.0, False, scale=scale)
     part, part_lse = part.view(-1, q.shape[1])[:count], part_lse.flatten()[:count]
     # Two partial softmaxes: the weight of the second is a sigmoid of the gap of their log-sum-exps.
     old, old_lse = out.index_select(0, rows), lse.index_select(0, rows)

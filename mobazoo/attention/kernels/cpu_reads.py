@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-# Entries sorted at once: from 32768 on torch sorts integers by radix.
+# Entries sorted at once, and the number from which torch sorts integers by radix: so much faster that fewer are filled
+# up to it.
 _SORTED_TOGETHER = 1 << 18
+_LEAST_SORTED = 1 << 15
 
 Run = tuple[int, int, int]  # first of a block's rows, how many, and the block's first slot
 
@@ -38,6 +42,33 @@ class Reads:
                 yield begin + done, min(most, count - done), k0
 
 
+class Call(NamedTuple):
+    """Readers of one block in one key head, or in two that share a kernel call."""
+
+    rows: list[Tensor]  # of each key head, the longer one first; those of the second come after all of the first
+    heads: list[int]  # their numbers, 0 and 1
+    k0: int
+
+
+def calls(heads: list[Reads], rows_of_head: int, most: int) -> Iterator[Call]:
+    """The calls for one key head or two, for at most ``most`` rows of each; a head has ``rows_of_head`` rows.
+
+    Two share a call where one has at least half as many readers as the other: a call takes as long as its longer part.
+    """
+    readers: dict[int, list[tuple[Tensor, int]]] = {}
+    for number, reads in enumerate(heads):
+        rows = reads.rows + rows_of_head if number else reads.rows
+        for begin, count, k0 in reads.blocks:
+            readers.setdefault(k0, []).append((rows[begin : begin + count], number))
+    for k0, of_block in readers.items():
+        of_block.sort(key=lambda each: -len(each[0]))
+        for done in range(0, len(of_block[0][0]), most):
+            some = [(rows[done : done + most], number) for rows, number in of_block if len(rows) > done]
+            shared = len(some) > 1 and 2 * len(some[1][0]) >= len(some[0][0])
+            for part in [some] if shared else [[each] for each in some]:
+                yield Call([rows for rows, _ in part], [number for _, number in part], k0)
+
+
 def reads_by_block(index: Tensor, start: Tensor, late: Tensor | None) -> Iterator[Reads]:
     """The readers of every key head's blocks, in order of key heads.
 
@@ -58,8 +89,10 @@ def reads_by_block(index: Tensor, start: Tensor, late: Tensor | None) -> Iterato
         keys = (some if late is None else some[:, :, late]).flatten(1).int() + 1  # [h, n * (K - 1)], 0 is empty
         heads = keys.shape[0]
         keys += (torch.arange(heads, dtype=torch.int32) * bins)[:, None]
-        ordered, order = keys.flatten().sort(stable=True)  # integers: a radix sort
-        order.view(heads, entries).sub_(torch.arange(0, heads * entries, entries)[:, None])
+        total = heads * entries
+        filled = pad(keys.flatten(), (0, max(0, _LEAST_SORTED - total)), value=heads * bins)
+        ordered, order = (each[:total] for each in filled.sort(stable=True))
+        order.view(heads, entries).sub_(torch.arange(0, total, entries)[:, None])
         rows = order.div_(k, rounding_mode="floor")
         if late is not None:
             rows = queries.index_select(0, rows)

@@ -1,0 +1,91 @@
+"""Who reads which block on a CPU: every entry of the routes once, and calls for two key heads at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from mobazoo.attention.kernels import cpu, cpu_masked
+from mobazoo.attention.kernels.cpu_reads import Reads, calls, reads_by_block
+from tests.factories import Case, inputs, oracle, random_routes, run, spy
+from tests.tolerance import check
+
+START = torch.tensor([0, 16, 32, 48, -1])
+
+
+def some_index(heads: int, group: int, tokens: int, k: int) -> Tensor:
+    """Routes of random blocks, some entries empty; nobody in the first key head reads block 1."""
+    index = torch.randint(-1, 4, (heads, group, tokens, k), generator=torch.Generator().manual_seed(0))
+    index[0][index[0] == 1] = -1
+    return index.to(torch.int16)
+
+
+def entries(index: Tensor, late: list[int]) -> Counter[tuple[int, int, int]]:
+    """How often ``(key head, row of the head, first slot of a block)`` stands in ``index``."""
+    heads, group, tokens, _ = index.shape
+    return Counter(
+        (h, g * tokens + t, int(START[n]))
+        for h in range(heads)
+        for g in range(group)
+        for t in late
+        for n in index[h, g, t].tolist()
+        if n >= 0
+    )
+
+
+@pytest.mark.parametrize("late", [None, [3, 4, 9, 39]], ids=["all", "late"])
+@pytest.mark.parametrize("tokens", [40, 9000])
+def test_every_entry_is_read_once(tokens: int, late: list[int] | None) -> None:
+    """Fewer entries than torch sorts by radix, and more."""
+    index = some_index(3, 2, tokens, 2)
+    found = list(reads_by_block(index, START, None if late is None else torch.tensor(late)))
+    seen = Counter(
+        (head, row, k0)
+        for head, reads in enumerate(found)
+        for begin, count, k0 in reads.blocks
+        for row in reads.rows[begin : begin + count].tolist()
+    )
+    assert seen == entries(index, list(range(tokens)) if late is None else late)
+    for reads in found:
+        for begin, count, _ in reads.blocks:
+            assert reads.rows[begin : begin + count].diff().ge(0).all()
+
+
+@pytest.mark.parametrize("most", [7, 1000])
+def test_two_key_heads_share_calls(most: int) -> None:
+    index = some_index(2, 2, 40, 1)
+    index[0, :, :, 0][index[0, :, :, 0] == 2] = 3  # the first has far more readers of block 3
+    index[0, 0, 0] = 2  # and one of block 2
+    seen: Counter[tuple[int, int, int]] = Counter()
+    pairs = 0
+    for call in calls(list(reads_by_block(index, START, None)), 80, most):
+        lengths = [len(rows) for rows in call.rows]
+        assert lengths == sorted(lengths, reverse=True)
+        assert 0 < min(lengths) <= max(lengths) <= most
+        if len(lengths) == 2:
+            pairs += 1
+            assert 0 < lengths[0] <= 2 * lengths[1]
+        for rows, head in zip(call.rows, call.heads, strict=True):
+            seen.update((head, row - 80 * head, call.k0) for row in rows.tolist())
+    assert seen == entries(index, list(range(40)))
+    assert pairs
+    assert list(calls([Reads.none()], 80, most)) == []
+
+
+@pytest.mark.parametrize("row", [(150,), (-30, 100, 20)], ids=str)
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_key_heads_in_pairs_are_right(heads: int, row: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd one goes alone, and so does each where few fit together."""
+    case = Case((row,), 8, 4, 2 * heads, heads, 16)
+    monkeypatch.setattr(cpu_masked, "_pays", lambda *_: False)
+    together = spy(monkeypatch, cpu, "_routed_forward", lambda given, _: len(given[0]))
+    data, (routes, chosen) = inputs(case), random_routes(case)
+    reference, truth = run(case, data, "reference", routes=routes), oracle(case, data, chosen)
+    for most in (150, 450, 8192):
+        monkeypatch.setattr(cpu, "TOKENS_PER_CALL", most)
+        together.clear()
+        check(run(case, data, "flash", routes=routes), truth, reference, "flash")
+        assert max(together) == (1 if heads == 1 or most == 150 else 2)
