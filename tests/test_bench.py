@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from mobazoo.attention import MoBA
 from mobazoo.bench import attention, command, decode
+from mobazoo.bench.ratios import Bound
 from tests.factories import spy
 
 
@@ -96,10 +98,11 @@ def test_decode_steps_do_the_same_work_as_their_rivals() -> None:
 
 
 def test_a_ratio_is_read_with_its_bound() -> None:
-    fast = decode.Line("a", "b", ours=[1.0, 2.0, 1.0], theirs=[5.0, 6.0, 9.0], bound=">= 5")
-    slow = decode.Line("a", "b", ours=[3.0], theirs=[2.0], bound="<= 1.5")
+    fast = decode.Line("a", "b", ours=[1.0, 2.0, 1.0], theirs=[5.0, 6.0, 9.0], bound=Bound(">=", 5))
+    slow = decode.Line("a", "b", ours=[3.0], theirs=[2.0], bound=Bound("<=", 1.4))
     assert (fast.ratios, slow.ratios) == ([5.0, 3.0, 9.0], [1.5])
     assert fast.cells() == ("a", "1.00", "b", "6.00", "5.00", "3.00 to 9.00", ">= 5")
+    assert slow.cells()[-1] == "<= 1.4: missed"
 
 
 def test_decode_suite_dry_run_times_nothing() -> None:
@@ -116,7 +119,7 @@ def test_unknown_suite_is_one_line() -> None:
 
 def test_the_suite_holds_the_bounds() -> None:
     cases = list(attention.suite_cpu())
-    assert (attention.Case(), ">= 8.5") in cases
+    assert (attention.Case(), Bound(">=", 8.5)) in cases
     assert {case.dtype for case, _ in cases} == {"float32", "bfloat16"}
     assert {case.length for case, _ in cases} >= {768, 1536, 32768, 65536}
 
@@ -128,12 +131,44 @@ def test_growth_is_time_per_token_over_that_of_half_the_length(monkeypatch: pyte
     found = attention.growth(attention.Case(length=256, block_size=16), rounds=2, repeats=1)
     assert lengths == [128, 256] * 3
     assert found.ratios == [1.25, 1.0]
-    assert found.line() == "forward, 256 tokens, block 16, top 3, float32: +12 % (+0 to +25), bound +15 %"
+    assert found.line() == "forward, 256 tokens, block 16, top 3, float32: +12 % (+0 % to +25 %); as a ratio <= 1.15"
     assert found.row()["bound"] == "<= 1.15"
+    assert replace(found, ratios=[1.2]).line().endswith("; as a ratio <= 1.15: missed")
+
+
+def test_a_bound_may_refer_to_the_same_case_in_float32() -> None:
+    case = attention.Case()
+    wide, narrow = (
+        attention.Result(replace(case, dtype=dtype), "flash", [ours], [1.0])
+        for dtype, ours in (("float32", 10.0), ("bfloat16", 8.0))
+    )
+    share = Bound(">=", 0.9, of="float32's")
+    results: list[attention.Timed] = [(wide, Bound(">", 10)), (narrow, share)]
+    assert [attention.verdict(result, bound, results) for result, bound in results] == [
+        "> 10: missed",
+        ">= 0.9 of float32's: missed",
+    ]
+    assert attention.verdict(replace(narrow, full=[9.0]), share, results) == ">= 0.9 of float32's"
+    assert attention.verdict(wide, None, results) == ""
+
+
+@pytest.mark.parametrize("least", [0.0, 1e9])
+def test_a_suite_that_misses_a_bound_ends_with_one(
+    least: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then its page is written."""
+    case = attention.Case(length=64, block_size=8)
+    monkeypatch.setattr(command, "suite_cpu", lambda: [(case, Bound(">=", least))])
+    monkeypatch.setattr(command, "suite_growth", list)
+    page = tmp_path / "cpu.md"
+    done = CliRunner().invoke(command.app, ["--suite", "cpu", "--rounds", "1", "--markdown", str(page)])
+    assert done.exit_code == (1 if least else 0)
+    assert ("missed 1 of the suite's bounds" in done.stderr) == bool(least)
+    assert ("| >= 1e+09: missed |" in page.read_text()) == bool(least)
 
 
 def test_the_page_names_the_bounds_of_the_suite() -> None:
     page = (Path(__file__).parents[1] / "docs" / "benchmarks" / "cpu.md").read_text().splitlines()
     rows = [line.strip("| ").split(" | ") for line in page if line.startswith("| forward")]
-    wanted = {(case.label(), bound) for case, bound in attention.suite_cpu()}
-    assert {(row[0], row[6] if len(row) > 6 else "") for row in rows} == wanted
+    wanted = {(case.label(), str(bound or "")) for case, bound in attention.suite_cpu()}
+    assert {(row[0], row[6].removesuffix(": missed") if len(row) > 6 else "") for row in rows} == wanted

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mobazoo.attention import Full, MoBA, Routes, attend, route
 from mobazoo.bench.attention import seconds
 from mobazoo.bench.page import bench_page, described
-from mobazoo.bench.ratios import ratios
+from mobazoo.bench.ratios import Bound, ratios
 from mobazoo.files import write_whole
 from mobazoo.nn.cache_layer import MobaCacheLayer
 from mobazoo.nn.rows import Rows
@@ -55,12 +55,12 @@ class Line:
     rival: str
     ours: list[float]
     theirs: list[float]
-    bound: str
+    bound: Bound | None
 
     @property
     def ratios(self) -> list[float]:
         """Rival's time over ours for speed, ours over the rival's where the bound is on a slowdown."""
-        slower = self.bound.startswith("<=")
+        slower = self.bound is not None and self.bound.sign == "<="
         return ratios(self.ours, self.theirs) if slower else ratios(self.theirs, self.ours)
 
     def cells(self) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ class Line:
             f"{median(self.theirs):.2f}",
             f"{median(self.ratios):.2f}",
             spread,
-            self.bound,
+            self.bound.verdict(median(self.ratios)) if self.bound else "",
         )
 
 
@@ -167,10 +167,10 @@ def decode_lines(sizes: Sizes, long: int, short: int, rounds: int, repeats: int)
     what, name = f"a token at {_tokens(long)}, decode: moba", f"dense at {_tokens(long)}"
     sparse = took["sparse"]
     lines = [
-        Line(what, f"{name}, heads folded", sparse, took["folded"], ">= 5"),
-        Line(what, f"{name}, enable_gqa", sparse, took["shared"], ">= 10"),
-        Line(what, f"the same at {_tokens(short)}", sparse, took["near"], "<= 1.5"),
-        Line(f"a token at {_tokens(long)}, decode: full", f"{name}, heads folded", took["full"], took["folded"], ""),
+        Line(what, f"{name}, heads folded", sparse, took["folded"], Bound(">=", 5)),
+        Line(what, f"{name}, enable_gqa", sparse, took["shared"], Bound(">=", 10)),
+        Line(what, f"the same at {_tokens(short)}", sparse, took["near"], Bound("<=", 1.5)),
+        Line(f"a token at {_tokens(long)}, decode: full", f"{name}, heads folded", took["full"], took["folded"], None),
     ]
     block = 2 * 4 * sizes.head_dim * sizes.pattern.block_size
     sparse_bytes, dense_bytes = median(read) * block, 2 * 4 * sizes.head_dim * long * sizes.key_heads * sizes.layers
@@ -203,7 +203,9 @@ def prefill_lines(sizes: Sizes, length: int, chunk: int, rounds: int) -> Iterato
     for _ in range(rounds):
         whole.append(1e3 * seconds(lambda: (prefill(sizes, q, k, v, length), None)[1]))
         chunked.append(1e3 * seconds(lambda: (prefill(sizes, q, k, v, chunk), None)[1]))
-    yield Line(f"a prompt of {_tokens(length)} by {_tokens(chunk)}, one layer", "at once", chunked, whole, "<= 1.3")
+    yield Line(
+        f"a prompt of {_tokens(length)} by {_tokens(chunk)}, one layer", "at once", chunked, whole, Bound("<=", 1.3)
+    )
 
 
 def _tokens(length: int) -> str:
@@ -218,13 +220,16 @@ def run(
     dry_run: bool,
     sizes: Sizes = Sizes(),
     scale: int = 1,
-) -> None:
-    """The suite: prints its table, and writes it where asked; ``scale`` divides all lengths, for tests."""
+) -> list[str]:
+    """The suite: prints its table, and writes it where asked; ``scale`` divides all lengths, for tests.
+
+    Returns the verdict on every bound.
+    """
     long, short, prompt, chunk = (1024 * n // scale for n in (128, 16, 64, 4))
     if dry_run:
         console.print(f"would time a token against caches of {_tokens(short)} and {_tokens(long)} tokens")
         console.print(f"would time a prompt of {_tokens(prompt)} tokens at once and by {_tokens(chunk)}")
-        return
+        return []
     torch.manual_seed(0)
     with torch.inference_mode():
         lines, note = decode_lines(sizes, long, short, 3 * rounds, repeats=3)
@@ -237,10 +242,13 @@ def run(
     about = machine()
     console.print(described(about))
     if json_path is not None:
-        rows: list[dict[str, Any]] = [dict(vars(line), ratio=median(line.ratios)) for line in lines]
+        rows: list[dict[str, Any]] = [
+            {**vars(line), "bound": str(line.bound or ""), "ratio": median(line.ratios)} for line in lines
+        ]
         write_whole(json_path, json.dumps({"machine": about, "results": rows, "note": note}, indent=1) + "\n")
     if markdown is not None:
         write_whole(markdown, _page(lines, note, about, sizes))
+    return [line.cells()[-1] for line in lines]
 
 
 def _page(lines: list[Line], note: str, about: dict[str, str], sizes: Sizes) -> str:

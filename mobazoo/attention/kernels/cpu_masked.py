@@ -74,10 +74,10 @@ class Strip(NamedTuple):
 def strips(short: Short, q_start: int, index: Tensor, block_size: int, dtype: torch.dtype) -> Iterator[Strip]:
     """The work of ``short``; ``index [h, G, T, K - 1]`` is of ``Routes``, its queries start at slot ``q_start``."""
     heads, group, _, _ = index.shape
-    keys = short.stop - short.first
-    count = min(STRIP, short.stop - short.start, max(1, _ENTRIES // (group * keys)))
-    together = max(1, _ENTRIES // (group * count * keys))  # key heads of a call
-    room = torch.empty(min(heads, together) * group * count * (keys + block_size), dtype=dtype)
+    width = -(-(short.stop - short.first) // block_size) * block_size  # keys, in whole blocks
+    count = min(STRIP, short.stop - short.start, max(1, _ENTRIES // (group * width)))
+    together = min(heads, max(1, _ENTRIES // (group * count * width)))  # key heads of a call
+    room = torch.empty(together * group * count * width, dtype=dtype)
     later = strip_mask(count, count, 1, dtype)
     rows = slice(short.start - q_start, short.stop - q_start)
     for some in (slice(head, head + together) for head in range(0, heads, together)):
