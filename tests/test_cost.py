@@ -86,6 +86,14 @@ def test_a_setting_that_is_slower_is_warned_of(monkeypatch: pytest.MonkeyPatch) 
     assert "warning" not in call("explain", "llama-tiny", "length=100000", rules).stderr
 
 
+def test_a_backend_that_rules_name_is_said_not_to_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mobazoo.cli.costs.calibrate", lambda *_: Rates(1.0, 1.0))
+    rules = "attention=[{pattern: moba, block_size: 128, top_k: 2, backend: %s}]"
+    said = "timed with backend auto; the rules name flash, which `mobazoo bench` times"
+    assert said in call("explain", "llama-tiny", rules % "flash").stdout
+    assert "timed with" not in call("explain", "llama-tiny", rules % "auto").stdout
+
+
 def test_without_moba_there_is_nothing_to_predict() -> None:
     result = call("explain", "llama-tiny", "attention=[{pattern: full}]")
     assert "no layer has MoBA; add rules" in result.stdout

@@ -79,6 +79,8 @@ def explain(recipe: ExplainRecipe) -> Explained:
         base, took = len(layers) * times[Full()], sum(number * times[pattern] for pattern, number in patterns.items())
         rows.append(_seconds("measured seconds", base, took))
     remarks = [_break_even(pattern, rates[pattern]) for pattern in sparse]
+    if named := sorted({layer.backend for layer in layers if isinstance(layer.pattern, MoBA)} - {"auto"}):
+        remarks.append(f"timed with backend auto; the rules name {', '.join(named)}, which `mobazoo bench` times")
     warning = None
     if took > base:
         how = "measured" if recipe.measure else "predicted"

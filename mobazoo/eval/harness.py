@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from mobazoo.config.eval import EvalRecipe, LmEvalTask, RecallTask
 from mobazoo.config.keys import nearest
 from mobazoo.errors import InputError
 from mobazoo.eval.haystack import Haystack, pose
-from mobazoo.eval.recall import SPARE, check_positions, score
+from mobazoo.eval.recall import SPARE, check_positions, greedy, score
 from mobazoo.eval.settings import setting
 from mobazoo.nn.causal_lm import MobaForCausalLM
 from mobazoo.parts import Parts
@@ -81,11 +82,11 @@ def measure_tasks(
     assert asked is not None
     found: dict[str, Any] = {}
     with TemporaryDirectory(prefix="mobazoo-tasks-") as folder:
-        tasks = dict(named)
+        tasks, synthetic = dict(named), []
         if asked.synthetic is not None:
             haystack = Haystack.read(recipe.data, tokenizer, max(asked.synthetic.lengths), where=_LENGTHS)
-            written = write_tasks(Path(folder), model, tokenizer, haystack, asked.synthetic)
-            tasks |= dict.fromkeys(written, _manager([folder], defaults=False))
+            synthetic = write_tasks(Path(folder), model, tokenizer, haystack, asked.synthetic)
+            tasks |= dict.fromkeys(synthetic, _manager([folder], defaults=False))
         wrapped = import_module("lm_eval.models.huggingface").HFLM(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=recipe.batch
         )
@@ -96,7 +97,8 @@ def measure_tasks(
             with setting(model, rules):
                 for done, (task, manager) in enumerate(tasks.items(), 1):
                     key = f"lm_eval {name} {task}"
-                    found[name] |= parts.get(key, partial(_evaluated, wrapped, manager, task, asked.limit))
+                    with greedy(model) if task in synthetic else nullcontext():  # as ``eval recall`` asks
+                        found[name] |= parts.get(key, partial(_evaluated, wrapped, manager, task, asked.limit))
                     progress(f"lm-eval, {name}", done, len(tasks))
     return {"version": version("lm_eval"), "settings": found}
 

@@ -108,9 +108,10 @@ def _cell(
 
 
 @contextmanager
-def _greedy(model: MobaForCausalLM) -> Iterator[None]:
-    """Without the checkpoint's generation settings but for its end tokens: a penalty on repeated tokens, which some
-    carry, is one on the answer, which stands in the prompt.
+def greedy(model: MobaForCausalLM) -> Iterator[None]:
+    """The model without its checkpoint's generation settings but for its end tokens.
+
+    A penalty on repeated tokens, which some carry, is one on the answer, which stands in the prompt.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
@@ -125,7 +126,7 @@ def _replies(model: MobaForCausalLM, tokenizer: PreTrainedTokenizerBase, questio
     """What the model writes after each prompt; all prompts are equally long, so there is no padding."""
     ids = torch.tensor([question.prompt for question in questions], device=model.device)
     new = max(len(question.reply) for question in questions) + SPARE
-    with _greedy(model):
+    with greedy(model):
         out: Tensor = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=tokenizer.eos_token_id
         )

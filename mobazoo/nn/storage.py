@@ -20,7 +20,7 @@ def check_offload(place: str | Path | None) -> None:
     Raises:
         InputError: naming it.
     """
-    if place is not None and place != HOST and not Path(place).is_dir():
+    if place is not None and place != HOST and not Path(place).expanduser().is_dir():
         raise InputError(f"offload: want 'host' or a folder for mapped files, got {str(place)!r}, which is no folder")
 
 
@@ -40,7 +40,7 @@ def allocate(shape: tuple[int, ...], like: Tensor, place: str | Path | None) -> 
     if place == HOST:
         with torch.inference_mode(False):
             return torch.zeros(shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
-    handle, name = tempfile.mkstemp(prefix="mobazoo-cache-", dir=place)
+    handle, name = tempfile.mkstemp(prefix="mobazoo-cache-", dir=Path(place).expanduser())
     try:
         size = torch.Size(shape).numel()
         # A file with holes would be killed by a signal when the disk is full; this asks for the space now.

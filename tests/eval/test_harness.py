@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,14 @@ import datasets
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from mobazoo import extras
 from mobazoo.cli import app
 from mobazoo.config.data import Data
 from mobazoo.config.eval import EvalRecipe, LmEvalTask, RecallTask
-from mobazoo.eval import harness
+from mobazoo.eval import harness, recall
 from mobazoo.eval.evaluate import evaluate
 from tests.small import FULL, plain_checkpoint, refusal, zoo_checkpoint
 
@@ -116,24 +117,31 @@ def test_a_users_task_scores_what_transformers_would(model: Path, hay: Path, own
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
-def test_synthetic_tasks_ask_what_recall_asks(model: Path, hay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replies under each setting are those of ``eval recall``, and right ones are found."""
+def test_synthetic_tasks_ask_what_recall_asks(
+    model: Path, hay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies under each setting are those of ``eval recall``, whatever the checkpoint says of generation."""
+    penal = tmp_path / "penal"
+    shutil.copytree(model, penal)
+    GenerationConfig(repetition_penalty=5.0).save_pretrained(penal)
     settings: dict[str, Any] = {"full": FULL, "moba": []}
-    seen: list[float] = []
-    score = harness.score
+    replies: dict[Any, list[str]] = {harness: [], recall: []}
+    for module in replies:
 
-    def spy(reply: str, answers: Any) -> float:
-        seen.append(score(reply, answers))
-        return 1.0 if len(answers) == 1 else 0.25
+        def spy(reply: str, answers: Any, module: Any = module) -> float:
+            replies[module].append(reply)
+            return 1.0 if len(answers) == 1 else 0.25
 
-    monkeypatch.setattr(harness, "score", spy)
-    found = evaluate(recipe(model, hay, LmEvalTask(synthetic=SYNTHETIC), settings=settings), quiet)["lm_eval"]
+        monkeypatch.setattr(module, "score", spy)
+    found = evaluate(recipe(penal, hay, LmEvalTask(synthetic=SYNTHETIC), settings=settings), quiet)["lm_eval"]
     for said in found["settings"].values():
         assert list(said) == ["mobazoo_needle_200", "mobazoo_tracking_200"]
         assert [one["samples"] for one in said.values()] == [2, 2]
         assert [one["metrics"]["found"]["value"] for one in said.values()] == [1.0, 0.25]
-    recall = evaluate(recipe(model, hay, None, recall=SYNTHETIC, settings=settings), quiet)["recall"]  # type: ignore[arg-type]
-    assert seen == [cell["score"]["mean"] for cells in recall["settings"].values() for cell in cells]
+    evaluate(recipe(penal, hay, None, recall=SYNTHETIC, settings=settings), quiet)  # type: ignore[arg-type]
+    assert replies[harness] == replies[recall]
+    assert len(replies[recall]) == 8
+    assert min(map(len, replies[recall])) > 0
 
 
 def test_an_interrupted_measurement_goes_on(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mobazoo.errors import InputError
-from mobazoo.nn.storage import allocate
+from mobazoo.nn.storage import allocate, check_offload
 
 LIKE = torch.zeros(1, dtype=torch.bfloat16)
 
@@ -21,6 +21,15 @@ def test_a_mapped_file_has_no_name_and_all_its_space(tmp_path: Path) -> None:
     mapped += 1
     assert mapped.sum() == 3 << 16
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path(tmp_path, "cache").mkdir()
+    check_offload("~/cache")
+    assert not allocate((3,), LIKE, "~/cache").any()
+    with pytest.raises(InputError, match="got '~/other', which is no folder"):
+        check_offload("~/other")
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
