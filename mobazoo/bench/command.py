@@ -1,4 +1,4 @@
-"""``mobazoo bench`` by options (or ``python -m mobazoo.bench``): attention alone, and the pages of docs/benchmarks."""
+"""``mobazoo bench`` by options: attention alone, and the pages of docs/benchmarks."""
 
 from __future__ import annotations
 

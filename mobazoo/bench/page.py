@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-_WRITTEN = "Written by `python -m mobazoo.bench"
+_WRITTEN = "Written by `mobazoo bench"
 
 
 def bench_page(
@@ -20,7 +20,7 @@ def bench_page(
 
     Args:
         title: its heading.
-        suite: of ``python -m mobazoo.bench --suite`` (empty: none).
+        suite: of ``mobazoo bench --suite`` (empty: none).
         about: the machine.
         words: lines on how it was measured.
         header: of the table.

@@ -1,5 +1,0 @@
-"""``python -m mobazoo.bench``."""
-
-from mobazoo.bench.command import app
-
-app()
