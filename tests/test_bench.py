@@ -132,7 +132,7 @@ def test_growth_is_time_per_token_over_that_of_half_the_length(monkeypatch: pyte
     assert lengths == [128, 256] * 3
     assert found.ratios == [1.25, 1.0]
     assert found.line() == "forward, 256 tokens, block 16, top 3, float32: +12 % (+0 % to +25 %); as a ratio <= 1.15"
-    assert found.row()["bound"] == "<= 1.15"
+    assert (found.row()["bound"], found.row()["missed"]) == ("<= 1.15", False)
     assert replace(found, ratios=[1.2]).line().endswith("; as a ratio <= 1.15: missed")
 
 
@@ -160,11 +160,13 @@ def test_a_suite_that_misses_a_bound_ends_with_one(
     case = attention.Case(length=64, block_size=8)
     monkeypatch.setattr(command, "suite_cpu", lambda: [(case, Bound(">=", least))])
     monkeypatch.setattr(command, "suite_growth", list)
-    page = tmp_path / "cpu.md"
-    done = CliRunner().invoke(command.app, ["--suite", "cpu", "--rounds", "1", "--markdown", str(page)])
+    page, data = tmp_path / "cpu.md", tmp_path / "cpu.json"
+    words = ["--suite", "cpu", "--rounds", "1", "--markdown", str(page), "--json", str(data)]
+    done = CliRunner().invoke(command.app, words)
     assert done.exit_code == (1 if least else 0)
     assert ("missed 1 of the suite's bounds" in done.stderr) == bool(least)
     assert ("| >= 1e+09: missed |" in page.read_text()) == bool(least)
+    assert [row["missed"] for row in json.loads(data.read_text())["results"]] == [bool(least)]
 
 
 def test_the_page_names_the_bounds_of_the_suite() -> None:

@@ -108,7 +108,8 @@ class Growth:
 
     def row(self) -> dict[str, Any]:
         """What is written to JSON."""
-        return {**asdict(self.case), "growth": self.ratios, "bound": str(GROWTH_BOUND)}
+        missed = not GROWTH_BOUND.holds(median(self.ratios))
+        return {**asdict(self.case), "growth": self.ratios, "bound": str(GROWTH_BOUND), "missed": missed}
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:

@@ -95,7 +95,10 @@ def main(
         console.print(_rich(rows))
         console.print(described(machine()))
         if json_path is not None:
-            timed = [{**result.row(), "bound": str(bound or "")} for result, bound in results]
+            timed = [
+                {**result.row(), "bound": str(bound or ""), "missed": is_missed(row[-1])}
+                for (result, bound), row in zip(results, rows, strict=True)
+            ]
             found = {"machine": machine(), "results": timed, "growth": [each.row() for each in growths]}
             write_whole(json_path, json.dumps(found, indent=1) + "\n")
         if markdown is not None:

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mobazoo.attention import Full, MoBA, Routes, attend, route
 from mobazoo.bench.attention import seconds
 from mobazoo.bench.page import bench_page, described
-from mobazoo.bench.ratios import Bound, ratios
+from mobazoo.bench.ratios import Bound, is_missed, ratios
 from mobazoo.files import write_whole
 from mobazoo.nn.cache_layer import MobaCacheLayer
 from mobazoo.nn.rows import Rows
@@ -243,7 +243,13 @@ def run(
     console.print(described(about))
     if json_path is not None:
         rows: list[dict[str, Any]] = [
-            {**vars(line), "bound": str(line.bound or ""), "ratio": median(line.ratios)} for line in lines
+            {
+                **vars(line),
+                "bound": str(line.bound or ""),
+                "missed": is_missed(line.cells()[-1]),
+                "ratio": median(line.ratios),
+            }
+            for line in lines
         ]
         write_whole(json_path, json.dumps({"machine": about, "results": rows, "note": note}, indent=1) + "\n")
     if markdown is not None:

@@ -82,7 +82,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: 
     first, group = _first(layout), len(q) // len(k)
     plan = _plan(q, k, layout)
     together = max(1, TOKENS_PER_CALL // k.shape[1])  # key heads in one call, where each is short
-    pair = min(2, torch.get_num_threads())  # key heads whose readers of a block share a call
+    pair = 2 if torch.get_num_threads() == 2 else 1  # key heads whose readers of a block share a call, one a thread
     for some in range(0, len(k), together):
         # In float32 whatever the dtype: kernels are no faster in a narrow one, and partial results are rounded once.
         keys, values = (x[some : some + together].to(lse.dtype) for x in (k, v))
