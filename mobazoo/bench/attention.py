@@ -24,7 +24,7 @@ from mobazoo.attention.auto import choose
 from mobazoo.attention.kernels import cpu
 from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.problem import Problem
-from mobazoo.bench.ratios import Bound, ratios, speedup
+from mobazoo.bench.ratios import Bound, Verdict, ratios, speedup
 
 GROWTH_BOUND = Bound("<=", 1.15)
 _OF_FLOAT32 = "float32's"
@@ -98,18 +98,21 @@ class Growth:
     case: Case
     ratios: list[float]
 
+    @property
+    def verdict(self) -> Verdict:
+        """What becomes of the bound."""
+        return GROWTH_BOUND.verdict(median(self.ratios))
+
     def line(self) -> str:
         """It in a few words."""
         middle, low, high = (
             f"{100 * (ratio - 1):+.0f} %" for ratio in (median(self.ratios), min(self.ratios), max(self.ratios))
         )
-        verdict = GROWTH_BOUND.verdict(median(self.ratios))
-        return f"{self.case.label()}: {middle} ({low} to {high}); as a ratio {verdict}"
+        return f"{self.case.label()}: {middle} ({low} to {high}); as a ratio {self.verdict}"
 
     def row(self) -> dict[str, Any]:
         """What is written to JSON."""
-        missed = not GROWTH_BOUND.holds(median(self.ratios))
-        return {**asdict(self.case), "growth": self.ratios, "bound": str(GROWTH_BOUND), "missed": missed}
+        return {**asdict(self.case), "growth": self.ratios, **asdict(self.verdict)}
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,10 +279,10 @@ def suite_cpu() -> Iterator[tuple[Case, Bound | None]]:
             yield Case(length=length, block_size=block_size, top_k=top_k), Bound(">", 1) if length > 4096 else None
 
 
-def verdict(result: Result, bound: Bound | None, results: list[Timed]) -> str:
-    """A case's bound in words, and whether it is missed; among ``results`` is the one that a bound may refer to."""
+def verdict(result: Result, bound: Bound | None, results: list[Timed]) -> Verdict:
+    """What becomes of a case's bound; among ``results`` is the one that it may refer to."""
     if bound is None:
-        return ""
+        return Verdict()
     like = replace(result.case, dtype="float32")
     other = next((each.speedup for each, _ in results if bound.of and each.case == like), 1.0)
     return bound.verdict(result.speedup, other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -27,7 +28,7 @@ from mobazoo.bench.attention import (
     verdict,
 )
 from mobazoo.bench.page import bench_page, described, is_bench_page
-from mobazoo.bench.ratios import Bound, is_missed
+from mobazoo.bench.ratios import Bound, Verdict
 from mobazoo.config.dtypes import Dtype
 from mobazoo.errors import InputError, MobazooError
 from mobazoo.files import check_place, check_result_place, write_whole
@@ -84,34 +85,32 @@ def main(
         results = measured(cases, rounds, console)
         growths = []
         for case in growing:
-            growths.append(growth(case, 2 * rounds + 1))
+            growths.append(growth(case, 2 * rounds + 1))  # both its times vary, and the bound is near
             console.print(f"time per token against half the length: {growths[-1].line()}")
         for result, _ in results:  # after all timing: a profiler leaves a process slower than it found it
             case = result.case
             if not case.backward and case.length >= 32768 and result.backend.endswith("flash"):
                 result.stages = stages(case)
                 console.print(_stages_line(result))
-        rows = [_cells(result, verdict(result, bound, results)) for result, bound in results]
+        verdicts = [verdict(result, bound, results) for result, bound in results]
+        rows = [_cells(result, said) for (result, _), said in zip(results, verdicts, strict=True)]
         console.print(_rich(rows))
         console.print(described(machine()))
         if json_path is not None:
-            timed = [
-                {**result.row(), "bound": str(bound or ""), "missed": is_missed(row[-1])}
-                for (result, bound), row in zip(results, rows, strict=True)
-            ]
+            timed = [{**result.row(), **asdict(said)} for (result, _), said in zip(results, verdicts, strict=True)]
             found = {"machine": machine(), "results": timed, "growth": [each.row() for each in growths]}
             write_whole(json_path, json.dumps(found, indent=1) + "\n")
         if markdown is not None:
             write_whole(markdown, _markdown(rows, results, growths, suite))
-        _end([*(row[-1] for row in rows), *(each.line() for each in growths)])
+        _end([*verdicts, *(each.verdict for each in growths)])
     except MobazooError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
 
 
-def _end(verdicts: list[str]) -> None:
+def _end(verdicts: list[Verdict]) -> None:
     """Ends with 1, so that a script may ask, where a suite misses a bound; everything is written by then."""
-    if missed := sum(map(is_missed, verdicts)):
+    if missed := sum(each.missed for each in verdicts):
         typer.echo(f"missed {missed} of the suite's bounds: see the table", err=True)
         raise typer.Exit(1)
 
@@ -127,7 +126,7 @@ def _given(context: typer.Context) -> list[str]:
 HEADER = ("case", "backend", "full ms", "MoBA ms", "times faster", "range", "bound")
 
 
-def _cells(result: Result, bound: str) -> tuple[str, ...]:
+def _cells(result: Result, said: Verdict) -> tuple[str, ...]:
     return (
         result.case.label(),
         result.backend,
@@ -135,7 +134,7 @@ def _cells(result: Result, bound: str) -> tuple[str, ...]:
         f"{1e3 * median(result.moba):.1f}",
         f"{result.speedup:.2f}",
         f"{min(result.ratios):.2f} to {max(result.ratios):.2f}",
-        bound,
+        str(said),
     )
 
 

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mobazoo.attention import Full, MoBA, Routes, attend, route
 from mobazoo.bench.attention import seconds
 from mobazoo.bench.page import bench_page, described
-from mobazoo.bench.ratios import Bound, is_missed, ratios
+from mobazoo.bench.ratios import Bound, Verdict, ratios
 from mobazoo.files import write_whole
 from mobazoo.nn.cache_layer import MobaCacheLayer
 from mobazoo.nn.rows import Rows
@@ -63,6 +63,11 @@ class Line:
         slower = self.bound is not None and self.bound.sign == "<="
         return ratios(self.ours, self.theirs) if slower else ratios(self.theirs, self.ours)
 
+    @property
+    def verdict(self) -> Verdict:
+        """What becomes of the bound."""
+        return self.bound.verdict(median(self.ratios)) if self.bound else Verdict()
+
     def cells(self) -> tuple[str, ...]:
         """A row of the table."""
         spread = f"{min(self.ratios):.2f} to {max(self.ratios):.2f}"
@@ -73,7 +78,7 @@ class Line:
             f"{median(self.theirs):.2f}",
             f"{median(self.ratios):.2f}",
             spread,
-            self.bound.verdict(median(self.ratios)) if self.bound else "",
+            str(self.verdict),
         )
 
 
@@ -220,7 +225,7 @@ def run(
     dry_run: bool,
     sizes: Sizes = Sizes(),
     scale: int = 1,
-) -> list[str]:
+) -> list[Verdict]:
     """The suite: prints its table, and writes it where asked; ``scale`` divides all lengths, for tests.
 
     Returns the verdict on every bound.
@@ -243,18 +248,12 @@ def run(
     console.print(described(about))
     if json_path is not None:
         rows: list[dict[str, Any]] = [
-            {
-                **vars(line),
-                "bound": str(line.bound or ""),
-                "missed": is_missed(line.cells()[-1]),
-                "ratio": median(line.ratios),
-            }
-            for line in lines
+            {**vars(line), **vars(line.verdict), "ratio": median(line.ratios)} for line in lines
         ]
         write_whole(json_path, json.dumps({"machine": about, "results": rows, "note": note}, indent=1) + "\n")
     if markdown is not None:
         write_whole(markdown, _page(lines, note, about, sizes))
-    return [line.cells()[-1] for line in lines]
+    return [line.verdict for line in lines]
 
 
 def _page(lines: list[Line], note: str, about: dict[str, str], sizes: Sizes) -> str:

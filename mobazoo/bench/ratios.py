@@ -24,7 +24,15 @@ def speedup(rival: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
     return {"speedup": median(found), "speedup_min": min(found), "speedup_max": max(found)}
 
 
-_MISSED = ": missed"
+@dataclass(frozen=True)
+class Verdict:
+    """A bound in words (empty: there is none), and whether it is missed."""
+
+    bound: str = ""
+    missed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.bound}: missed" if self.missed else self.bound
 
 
 @dataclass(frozen=True)
@@ -45,21 +53,13 @@ class Bound:
         of = f" of {self.of}" if self.of else ""
         return f"{self.sign} {self.value:g}{of}" + (f" ({self.note})" if self.note else "")
 
-    def holds(self, ratio: float, other: float = 1.0) -> bool:
-        """Whether ``ratio`` is within it; ``other`` is the ratio that ``of`` names."""
-        limit = self.value * other
-        return {">=": ratio >= limit, ">": ratio > limit, "<=": ratio <= limit}[self.sign]
-
-    def verdict(self, ratio: float, other: float = 1.0) -> str:
-        """It in words, with what became of it where it does not hold.
+    def verdict(self, ratio: float, other: float = 1.0) -> Verdict:
+        """What becomes of it with ``ratio``; ``other`` is the ratio that ``of`` names.
 
         Example:
-            >>> Bound("<=", 1.5).verdict(1.2), Bound("<=", 1.5).verdict(1.6)
+            >>> str(Bound("<=", 1.5).verdict(1.2)), str(Bound("<=", 1.5).verdict(1.6))
             ('<= 1.5', '<= 1.5: missed')
         """
-        return str(self) if self.holds(ratio, other) else f"{self}{_MISSED}"
-
-
-def is_missed(verdict: str) -> bool:
-    """Whether a ``Bound.verdict``, or a line that ends with one, is of a bound that does not hold."""
-    return verdict.endswith(_MISSED)
+        limit = self.value * other
+        holds = {">=": ratio >= limit, ">": ratio > limit, "<=": ratio <= limit}[self.sign]
+        return Verdict(str(self), not holds)

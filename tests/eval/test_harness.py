@@ -88,7 +88,7 @@ doc_to_target: label
     return folder
 
 
-def recipe(model: Path, hay: Path, task: LmEvalTask, **changes: Any) -> EvalRecipe:
+def recipe(model: Path, hay: Path, task: LmEvalTask | None, **changes: Any) -> EvalRecipe:
     return replace(EvalRecipe(str(model), Data(str(hay)), loss=None, lm_eval=task), **changes)
 
 
@@ -138,7 +138,7 @@ def test_synthetic_tasks_ask_what_recall_asks(
         assert list(said) == ["mobazoo_needle_200", "mobazoo_tracking_200"]
         assert [one["samples"] for one in said.values()] == [2, 2]
         assert [one["metrics"]["found"]["value"] for one in said.values()] == [1.0, 0.25]
-    evaluate(recipe(penal, hay, None, recall=SYNTHETIC, settings=settings), quiet)  # type: ignore[arg-type]
+    evaluate(recipe(penal, hay, None, recall=SYNTHETIC, settings=settings), quiet)
     assert replies[harness] == replies[recall]
     assert len(replies[recall]) == 8
     assert min(map(len, replies[recall])) > 0

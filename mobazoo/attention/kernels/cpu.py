@@ -1,12 +1,13 @@
 """The flash schedule on a CPU: each thread takes whole key heads, each partial result is merged while it is in cache.
 
 For a row and a key head, every query first reads its own block (its document, for full attention) causally. Then,
-block by block, the queries of the whole group that chose the block are gathered, attend to it in one kernel call,
-and are folded into the running output. Short documents take a mask instead (``cpu_masked``). The backward walks the
-same work with the merged output and log-sum-exp, so that no gradient of a log-sum-exp is ever needed. Working memory
-beyond the result: for each thread, float32 copies of one key head's queries, output, keys, values and gradients (of
-as many as have ``TOKENS_PER_CALL`` tokens together, where they are short), plus ``TOKENS_PER_CALL`` rows of each query
-head, or half a million scores (``cpu_products``), or a mask of a million entries (``cpu_masked``), a call.
+block by block, the queries of the whole group that chose the block (of two groups, where two threads share every call)
+are gathered, attend to it in one kernel call, and are folded into the running output. Short documents take a mask
+instead (``cpu_masked``). The backward walks the same work with the merged output and log-sum-exp, so that no gradient
+of a log-sum-exp is ever needed. Working memory beyond the result: for each thread, float32 copies of one key head's
+queries, output, keys, values and gradients (of as many as have ``TOKENS_PER_CALL`` tokens together, where they are
+short), plus ``TOKENS_PER_CALL`` rows of each query head, or half a million scores (``cpu_products``), or a mask of a
+million entries (``cpu_masked``), a call.
 """
 
 from __future__ import annotations
