@@ -43,6 +43,7 @@ ATTENTION: tuple[tuple[str, ...], ...] = (
     (
         "mobazoo.attention.heap",
         "mobazoo.attention.lanes",
+        "mobazoo.attention.native",
         "mobazoo.attention.selection",
         "mobazoo.attention.triton_runs",
     ),

@@ -47,8 +47,15 @@ def count(threads: int) -> int:
     return max(range(_MOST // 2, _MOST + 1, 2), key=lambda lanes: (threads // lanes * lanes, lanes))
 
 
-def pieces(batch: int, heads: int, tokens: int, least: int, most: int) -> list[Piece]:
-    """A batch cut into pieces for ``spread``: by key heads, then tokens, as many for one thread as for another.
+class Shares(NamedTuple):
+    """A batch cut into pieces, as many for one thread as for another."""
+
+    pieces: list[Piece]
+    lanes: int  # threads of ours that the work is enough for, 1 is the caller's
+
+
+def share(batch: int, heads: int, tokens: int, least: int, most: int) -> Shares:
+    """A batch cut by rows, then key heads, then tokens.
 
     Args:
         batch: rows.
@@ -63,12 +70,13 @@ def pieces(batch: int, heads: int, tokens: int, least: int, most: int) -> list[P
     of_row = lanes // gcd(batch, lanes)
     by_head = gcd(heads, of_row)
     by_token = min(most, of_row // by_head)
-    return [
+    over = [
         Piece(row, head, token, part)
         for row in range(batch)
         for head in _cut(heads, by_head)
         for part, token in enumerate(_cut(tokens, by_token))
     ]
+    return Shares(over, lanes)
 
 
 def _cut(count: int, parts: int) -> Iterator[slice]:
@@ -76,24 +84,24 @@ def _cut(count: int, parts: int) -> Iterator[slice]:
         yield slice(count * part // parts, count * (part + 1) // parts)
 
 
-def spread(work: Callable[[Piece], None], over: list[Piece]) -> None:
-    """Does all pieces, on threads of ours if there are several; returns, or raises the first error, when all are done.
+def spread(work: Callable[[Piece], None], over: Shares) -> None:
+    """Does all pieces, on threads of ours if that pays; returns, or raises the first error, when all are done.
 
     ``work`` may write to disjoint parts of shared tensors; it runs without autograd.
     """
-    threads = torch.get_num_threads()
-    lanes = count(threads)
-    if len(over) < 2 or lanes < 2:
-        for piece in over:
+    if len(over.pieces) < 2 or over.lanes < 2:
+        for piece in over.pieces:
             work(piece)
         return
+    threads = torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()
 
     def alone(piece: Piece) -> None:
         with torch.inference_mode(inference), torch.no_grad():  # both belong to a thread
             work(piece)
 
-    done = [_pool(lanes, threads, os.getpid()).submit(alone, piece) for piece in over]
+    pool = _pool(count(threads), threads, os.getpid())
+    done = [pool.submit(alone, piece) for piece in over.pieces]
     wait(done)
     for each in done:
         each.result()

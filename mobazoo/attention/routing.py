@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,21 +13,38 @@ from torch.nn.functional import pad
 from mobazoo.attention.blocks import UNUSED, Centroids
 from mobazoo.attention.gates import TORCH, TRITON, check_by
 from mobazoo.attention.heap import keep_heap
+from mobazoo.attention.lanes import Piece, share, spread
+from mobazoo.attention.native import library
 from mobazoo.attention.pattern import MoBA
 from mobazoo.attention.segments import Segments
-from mobazoo.attention.selection import RUN, largest
+from mobazoo.attention.selection import RUN, choose
 from mobazoo.errors import InputError
 
 EMPTY = -1
 
-# Working memory of the gate, in bytes. On a CPU each thread's part of a chunk should live in cache, on a GPU a chunk
-# should fill the machine; both are far below the 1 GiB that `route` promises.
-_CHUNK_BYTES_PER_THREAD = 8 << 20
-_CHUNK_BYTES = 256 << 20
-# One score costs its float32 and, with a quarter of the others, what a selection needs (40 bytes where all take part in
-# it); one query its float32 copy.
-_BYTES_PER_SCORE = 16
+# Bytes of one query's float32 copy, by head dim.
 _BYTES_PER_QUERY_DIM = 8
+# Queries of all heads for one thread of ours, at least: see kernels/cpu.py.
+_LEAST_QUERIES = 8192
+
+
+class _Room(NamedTuple):
+    """Working memory of a chunk: on a CPU its scores should live in cache, on a GPU it should fill the machine.
+
+    A score costs its float32 and, where torch's operators choose, with a quarter of the others what that needs (40
+    bytes where all take part in it). All is far below the 1 GiB that ``route`` promises.
+    """
+
+    bytes: int
+    bytes_per_score: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Room:
+        """The room there is on a device, on a CPU for the calling thread's share of cores."""
+        if device.type != "cpu":
+            return cls(256 << 20, 16)
+        threads = min(torch.get_num_threads(), 32)
+        return cls(threads << 21, 4) if library() else cls(threads << 23, 16)
 
 
 @dataclass(frozen=True)
@@ -141,11 +159,19 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str 
     if k == 0 or n == 0:
         return index
     group = hq // hkv
-    grouped = index.unflatten(1, (hkv, group))  # [B, Hkv, G, T, K - 1]
+
+    def work(piece: Piece) -> None:
+        row, heads, tokens = piece.row, piece.heads, piece.tokens
+        at = (row, piece.queries(group), tokens)
+        of_group = [x[at].unflatten(0, (-1, group)) for x in (q, index)]
+        _choose(of_group[0], mean[row, heads], first[row, tokens], stop[row, tokens], of_group[1])
+
     if q.device.type == "cpu":
         keep_heap()
-    for b in range(batch):
-        _choose(q[b].unflatten(0, (hkv, group)), mean[b], first[b], stop[b], grouped[b])
+        spread(work, share(batch, hkv, length, _LEAST_QUERIES // group, most=length))
+    else:
+        for row in range(batch):
+            work(Piece(row, slice(0, hkv), slice(0, length), 0))
     return index
 
 
@@ -161,49 +187,32 @@ def _choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor)
     """
     hkv, group, _, dim = q.shape
     n, k = mean.shape[1], index.shape[3]
-    chooses = stop - first > k
+    chooses, room = stop - first > k, _Room.of(q.device)
     # Key heads together where one query's scores and the centroids' float32 copy are small, else a few at a time.
-    heads = max(1, min(hkv, _CHUNK_BYTES // (n * (_BYTES_PER_SCORE * group + 4 * dim))))
+    heads = max(1, min(hkv, room.bytes // (n * (room.bytes_per_score * group + 4 * dim))))
     for j in range(0, hkv, heads):
         some = slice(j, j + heads)
         centroid = pad(mean[some].float(), (0, 0, 0, RUN))  # [h, N + RUN, D], since whole runs of blocks are scored
-        for t0, t1, n0, n1 in _chunks(first, stop, chooses, q[some].shape, n):
-            place = index[some, :, t0:t1, : min(k, n1 - n0)]
+        for t0, t1, n0, n1 in _chunks(first, stop, chooses, q[some].shape, n, room):
             chunk = q[some, :, t0:t1].float().flatten(1, 2)  # [h, G * t, D]
             scores = torch.bmm(centroid[:, n0 : n0 + -(-(n1 - n0) // RUN) * RUN], chunk.mT)  # [h, n, G * t]
-            _hide(scores.unflatten(2, (group, -1)), first[t0:t1] - n0, stop[t0:t1] - n0)
-            best = largest(scores, place.shape[3]).add_(n0).unflatten(2, (group, -1)).permute(0, 2, 3, 1)
-            place.copy_(torch.where(chooses[t0:t1, None], best, place))
-
-
-def _hide(scores: Tensor, first: Tensor, stop: Tensor) -> None:
-    """Puts blocks outside each query's ``first .. stop - 1`` below all others; scores ``[h, n, G, t]``."""
-    lowest = torch.finfo(scores.dtype).min  # what no number is, or too low for one, is still above a hidden block
-    scores.nan_to_num_(lowest, neginf=lowest)
-    n = scores.shape[1]
-    # On a CPU it may be asked which blocks are outside for nobody.
-    certain, shut = (int(first[-1]), max(0, int(stop[0]))) if scores.device.type == "cpu" else (n, 0)
-    number = torch.arange(n, device=scores.device)[:, None]
-    if certain > 0:
-        scores[:, :certain].masked_fill_((number[:certain] < first)[:, None], -torch.inf)
-    if shut < n:
-        scores[:, shut:].masked_fill_((number[shut:] >= stop)[:, None], -torch.inf)
+            place = index[some, :, t0:t1, : min(k, n1 - n0)]
+            choose(scores.unflatten(2, (group, -1)), first[t0:t1] - n0, stop[t0:t1] - n0, n0, place)
 
 
 def _chunks(
-    first: Tensor, stop: Tensor, chooses: Tensor, queries: torch.Size, n: int
+    first: Tensor, stop: Tensor, chooses: Tensor, queries: torch.Size, n: int, room: _Room
 ) -> list[tuple[int, int, int, int]]:
-    """Query ranges and the block range each needs, ``(t0, t1, n0, n1)``, each within the chunk budget if it can be.
+    """Query ranges and the block range each needs, ``(t0, t1, n0, n1)``, each within ``room`` if it can be.
 
     On a CPU the ranges are read (free there), so that blocks nobody may choose and queries that have no choice are
     never scored. Elsewhere reading them would wait for the device: every chunk scores all blocks.
     """
     heads, group, length, dim = queries
-    most = _CHUNK_BYTES_PER_THREAD * torch.get_num_threads() if first.device.type == "cpu" else _CHUNK_BYTES
-    budget = min(most, _CHUNK_BYTES) // (heads * group)
+    budget = room.bytes // (heads * group)
 
     def cost(tokens: int, blocks: int) -> int:
-        return tokens * (_BYTES_PER_SCORE * blocks + _BYTES_PER_QUERY_DIM * dim)
+        return tokens * (room.bytes_per_score * blocks + _BYTES_PER_QUERY_DIM * dim)
 
     def fits(t0: int, t1: int) -> bool:
         return cost(t1 - t0, int(stop[t1 - 1]) - int(first[t0])) <= budget

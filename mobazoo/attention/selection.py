@@ -1,20 +1,57 @@
-"""The few largest scores of every query, and which they are."""
+"""The few blocks with the largest scores of every query."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from mobazoo.attention.native import library
+
 # Neighbours of whom only the largest takes part in a first round, and scores of a query for which one round is less
 # work than two.
 RUN = 4
 _ONE_ROUND = 64
-# Queries from which a CPU compares whole rows of them, and the most that may be chosen there.
-_LEAST_QUERIES = 1024
-_MOST_CHOSEN = 16
 
-_SMALLEST = -(1 << 63)  # below every key of a score
 _NUMBER = (1 << 32) - 1  # the part of a key that holds its number
+
+
+def choose(scores: Tensor, first: Tensor, stop: Tensor, before: int, index: Tensor) -> None:
+    """Writes the best-scoring blocks of queries that may choose among more than there is place for.
+
+    Best first; among equal scores the later block wins. NaN and minus infinity count as the lowest number.
+
+    Args:
+        scores: ``[h, N, G, t]`` float32, contiguous, ``N`` a multiple of ``RUN``; may be overwritten.
+        first: ``[t]`` int64: a query may choose among blocks ``first .. stop - 1``, for which ``0 <= first`` and
+            ``stop <= N`` hold.
+        stop: ``[t]``.
+        before: what a block's number is more than its place in ``scores``.
+        index: ``[h, G, t, k]`` int16 or int32; places of a query lie together, and its queries one after the other.
+    """
+    compiled = library() if scores.device.type == "cpu" else None
+    if compiled is None:
+        _hide(scores, first, stop)
+        best = largest(scores.flatten(2), index.shape[3]).add_(before)
+        best = best.unflatten(2, scores.shape[2:]).permute(0, 2, 3, 1)
+        index.copy_(torch.where((stop - first > index.shape[3])[:, None], best, index))
+    else:
+        ranges = (first.contiguous().data_ptr(), stop.contiguous().data_ptr())
+        place = (index.data_ptr(), index.stride(1), index.element_size())
+        compiled.moba_choose(scores.data_ptr(), *scores.shape, *ranges, index.shape[3], before, *place)
+
+
+def _hide(scores: Tensor, first: Tensor, stop: Tensor) -> None:
+    """Puts blocks outside each query's ``first .. stop - 1`` below all others; scores ``[h, n, G, t]``."""
+    lowest = torch.finfo(scores.dtype).min  # what no number is, or too low for one, is still above a hidden block
+    scores.nan_to_num_(lowest, neginf=lowest)
+    n = scores.shape[1]
+    # On a CPU it may be asked which blocks are outside for nobody.
+    certain, shut = (int(first[-1]), max(0, int(stop[0]))) if scores.device.type == "cpu" else (n, 0)
+    number = torch.arange(n, device=scores.device)[:, None]
+    if certain > 0:
+        scores[:, :certain].masked_fill_((number[:certain] < first)[:, None], -torch.inf)
+    if shut < n:
+        scores[:, shut:].masked_fill_((number[shut:] >= stop)[:, None], -torch.inf)
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
@@ -29,84 +66,25 @@ def largest(scores: Tensor, k: int) -> Tensor:
     """
     n = scores.shape[1]
     if n <= max(_ONE_ROUND, 2 * RUN * k):
-        return _first(_keys(scores, torch.arange(n, device=scores.device)[:, None], k), k)
+        return _first(scores, torch.arange(n, device=scores.device)[:, None], k)
     # The k largest lie in the k runs with the largest maxima, and maxima are far cheaper than a selection.
     maxima = scores.unflatten(1, (-1, RUN)).amax(2)
-    runs = _first(_keys(maxima, torch.arange(n // RUN, device=scores.device)[:, None], k), k).mul_(RUN)
+    runs = _first(maxima, torch.arange(n // RUN, device=scores.device)[:, None], k).mul_(RUN)
     number = torch.cat([runs + place for place in range(RUN)], 1)
-    return _first(_keys(scores.gather(1, number), number, k), k)
+    return _first(scores.gather(1, number), number, k)
 
 
-def _keys(scores: Tensor, number: Tensor, k: int) -> Tensor:
-    """int64 keys that sort as (score, number) do, filled up with the smallest to lists of ``_length(k)``.
+def _first(scores: Tensor, number: Tensor, k: int) -> Tensor:
+    """Numbers of the ``k`` largest: ``[h, N, c]`` and ``number``, which broadcasts to it -> ``[h, k, c]``."""
+    return _keys(scores, number).mT.topk(k, dim=-1).values.mT & _NUMBER
+
+
+def _keys(scores: Tensor, number: Tensor) -> Tensor:
+    """int64 keys that sort as (score, number) do.
 
     The high word is the float32 score as an integer of the same order (-0.0 equals 0.0), the low word the number.
     """
     bits = scores.view(torch.int32)
     sign = bits >> 31  # 0 or -1
     order = (bits & 0x7FFFFFFF).bitwise_xor_(sign).sub_(sign)
-    heads, n, queries = scores.shape
-    keys = torch.empty(heads, n + -n % _length(k), queries, dtype=torch.int64, device=scores.device)
-    keys[:, n:] = _SMALLEST
-    torch.add(number, order, alpha=1 << 32, out=keys[:, :n])
-    return keys
-
-
-def _length(k: int) -> int:
-    """A power of two that is at least ``k``."""
-    return 1 << (k - 1).bit_length()
-
-
-def _first(keys: Tensor, k: int) -> Tensor:
-    """Numbers of the ``k`` largest keys: ``[h, N, c]``, overwritten, -> ``[h, k, c]``."""
-    heads, _, queries = keys.shape
-    if keys.device.type != "cpu" or heads * queries < _LEAST_QUERIES or k > _MOST_CHOSEN:
-        return keys.mT.topk(k, dim=-1).values.mT & _NUMBER
-    # Torch selects for one query after the other; a sorting network compares all queries' keys at once.
-    length = _length(k)
-    lists = keys.unflatten(1, (length, -1))  # [h, length, lists, c]
-    _sort(lists)
-    while lists.shape[2] > 1:
-        lists = _merge(lists)
-    return lists[:, :k, 0] & _NUMBER
-
-
-def _sort(lists: Tensor) -> None:
-    """Sorts lists ``[h, length, lists, c]`` in place, largest first (Batcher's odd-even merge sort)."""
-    width = 2
-    while width <= lists.shape[1]:
-        halves = lists.unflatten(1, (-1, width))  # [h, length / width, width, lists, c], each half sorted
-        _exchange(halves, width // 2)
-        step = width // 4
-        while step:
-            _exchange(halves[:, :, step : width - step], step)
-            step //= 2
-        width *= 2
-
-
-def _exchange(lists: Tensor, step: int) -> None:
-    """Brings pairs ``step`` apart in the third dimension into order, in place."""
-    high, low = lists.unflatten(2, (-1, 2, step)).unbind(3)
-    higher = torch.maximum(high, low)
-    torch.minimum(high, low, out=low)
-    high.copy_(higher)
-
-
-def _merge(lists: Tensor) -> Tensor:
-    """The larger halves of pairs of sorted lists, sorted: half as many lists, the middle one of an odd number kept."""
-    _, length, count, _ = lists.shape
-    pairs = count // 2
-    reversed_ = lists[:, :, count - pairs :].flip(1)
-    lists = lists[:, :, : count - pairs]
-    # One list against another reversed: the larger ones rise and then fall, so that halving steps sort them.
-    torch.maximum(lists[:, :, :pairs], reversed_, out=lists[:, :, :pairs])
-    spare = torch.empty_like(lists, memory_format=torch.contiguous_format)
-    step = length // 2
-    while step:
-        high, low = lists.unflatten(1, (-1, 2, step)).unbind(2)
-        higher, lower = spare.unflatten(1, (-1, 2, step)).unbind(2)
-        torch.maximum(high, low, out=higher)
-        torch.minimum(high, low, out=lower)
-        lists, spare = spare, lists
-        step //= 2
-    return lists
+    return torch.add(number, order, alpha=1 << 32)

@@ -7,7 +7,9 @@ that a machine whose speed drifts does not favour either.
 
 from __future__ import annotations
 
+import cProfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
@@ -17,7 +19,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.profiler import ProfilerActivity, profile
 
 from mobazoo.attention import Full, MoBA, Pattern, Routes, Segments, attend, centroids, route
 from mobazoo.attention.auto import choose
@@ -206,20 +207,11 @@ def _backend_of(case: Case, pattern: Pattern) -> str:
     return f"auto: {choose(problem)[0]}"
 
 
-_STAGE_OF = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "routed kernel",
-    "aten::index_select": "gather",
-    "aten::sort": "sort",
-    "aten::div_": "sort",
-    "aten::bincount": "sort",
-}
-
-
 def stages(case: Case) -> dict[str, float]:
     """Where one of the threads spends a forward of the CPU flash path, in seconds by stage.
 
-    A thread has whole key heads to itself, so that this runs one key head on one thread: once with a profiler, and
-    gate and own blocks alone.
+    A thread has whole key heads to itself, so that this runs one key head on one thread: its parts by Python's
+    profiler, and the gate alone.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -237,23 +229,19 @@ def _stages(case: Case) -> dict[str, float]:
     def gate() -> Routes:
         return route(q, centroids(k, pattern.block_size, segments), pattern, segments)
 
-    routes = gate()
-    layout = Layout.of(segments, routes, 0)
-    own = replace(layout, index=routes.index[..., :0])
+    layout = Layout.of(segments, gate(), 0)
     cpu.forward(q, k, v, layout, scale)
-    took = {
-        "gate": min(seconds(gate) for _ in range(3)),
-        "own blocks": min(seconds(lambda: cpu.forward(q, k, v, own, scale)) for _ in range(3)),
-    }
-    with profile(activities=[ProfilerActivity.CPU]) as prof:
-        total = seconds(lambda: cpu.forward(q, k, v, layout, scale))
-    spent = {"sort": 0.0, "gather": 0.0, "routed kernel": -took["own blocks"]}
-    for event in prof.key_averages():
-        stage = _STAGE_OF.get(event.key)
-        if stage is not None:
-            spent[stage] += event.cpu_time_total / 1e6
-    merge = total - took["own blocks"] - sum(spent.values())
-    return {**took, **spent, "merge and the rest": merge}
+    took = {"gate": min(seconds(gate) for _ in range(3))}
+    profile = cProfile.Profile()
+    profile.runcall(cpu.forward, q, k, v, layout, scale)
+    spent: Counter[str] = Counter()  # by function, what it calls included
+    for entry in profile.getstats():
+        spent[getattr(entry.code, "co_name", "")] += entry.totaltime
+    took |= {"own blocks": spent["own_forward"], "sort": spent["reads_by_block"]}
+    took |= {"gather": spent["gather"], "merge": spent["fold"]}
+    took["routed kernel"] = spent["_routed_forward"] - spent["gather"] - spent["fold"]
+    took["the rest"] = spent["forward"] - sum(took.values()) + took["gate"]
+    return took
 
 
 def suite_growth() -> Iterator[Case]:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mobazoo.attention.native import build, library
+
 
 @pytest.fixture(autouse=True, scope="package")
 def two_threads() -> Iterator[None]:
@@ -19,6 +21,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(2)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """CPU code with our compiled loops, and with torch's operators as on a machine without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(build, "_library", lambda: None)
+    elif library() is None:
+        pytest.skip("needs a C++ compiler")
+    return str(request.param)
 
 
 @pytest.fixture

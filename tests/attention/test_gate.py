@@ -13,6 +13,8 @@ from tests.factories import Case, chosen_by, gate_routes, inputs, segments_of
 from tests.marks import DTYPES, name_of
 from tests.oracle import candidates, gate, layout
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 # Queries per case: enough that a share of 0.1 % can be seen.
 CASES = {
     "whole": Case(((700,),), 16, 4, 4, 2, 64),

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobazoo.attention import MoBA, Segments, centroids, routing
-from mobazoo.attention.routing import route_by
+from mobazoo.attention import MoBA, Segments, centroids, routing, selection
+from mobazoo.attention.native import build
+from mobazoo.attention.routing import _Room, route_by
 from tests.factories import Case, gate_routes, inputs, segments_of, spy
+
+pytestmark = pytest.mark.usefixtures("loops")
 
 BLOCK = 4
 
@@ -82,7 +85,7 @@ def test_zero_queries_and_equal_keys(dtype: torch.dtype) -> None:
 @pytest.fixture(params=["cpu", "other device"])
 def _tiny_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the gate work in many chunks, by the branch of a CPU or of a device whose values are not read."""
-    monkeypatch.setattr(routing, "_CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(_Room, "of", lambda _: _Room(100_000, 16))
     if request.param != "cpu":
         pretend_other_device(monkeypatch)
 
@@ -102,7 +105,7 @@ class Elsewhere:
 
 def pretend_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate's code for devices whose values it must not read, run on the CPU."""
-    chunks, hide, arange = routing._chunks, routing._hide, torch.arange
+    chunks, hide, arange = routing._chunks, selection._hide, torch.arange
 
     def chunks_elsewhere(first: Any, stop: Any, *rest: Any) -> list[tuple[int, int, int, int]]:
         return chunks(Elsewhere(first), Elsewhere(stop), *rest)  # type: ignore[arg-type]
@@ -115,7 +118,8 @@ def pretend_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "arange", arange_here)  # for all threads: the gate may use several
     monkeypatch.setattr(routing, "_chunks", chunks_elsewhere)
-    monkeypatch.setattr(routing, "_hide", hide_elsewhere)
+    monkeypatch.setattr(selection, "_hide", hide_elsewhere)
+    monkeypatch.setattr(build, "_library", lambda: None)
 
 
 CASES = {
@@ -167,7 +171,7 @@ def test_key_heads_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     heads = spy(monkeypatch, routing, "_chunks", lambda arguments, _: arguments[3][0])
     for most in (1, 3):
         heads.clear()
-        monkeypatch.setattr(routing, "_CHUNK_BYTES", 25 * (routing._BYTES_PER_SCORE * 2 + 4 * 16) * most)
+        monkeypatch.setattr(_Room, "of", lambda _, most=most: _Room(25 * (16 * 2 + 4 * 16) * most, 16))
         got = gate_routes(case, data.q, data.k).index
         assert max(heads) <= most
         assert torch.equal(got, want)

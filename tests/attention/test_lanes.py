@@ -14,7 +14,7 @@ import torch
 
 from mobazoo.attention import MoBA, attend
 from mobazoo.attention.kernels import cpu
-from mobazoo.attention.lanes import Piece, count, pieces, spread
+from mobazoo.attention.lanes import Piece, Shares, count, share, spread
 from tests.attention.parity.cases import SPARSE
 from tests.factories import chosen_by, gate_routes, inputs, oracle, random_routes, run, spy
 from tests.tolerance import check
@@ -43,7 +43,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_pieces_hold_every_query_once_and_share_evenly(shape: tuple[int, int, int], threads: int) -> None:
     batch, heads, tokens = shape
-    over = pieces(batch, heads, tokens, 16, most=tokens)
+    over = share(batch, heads, tokens, 16, most=tokens).pieces
     held = Counter(
         (piece.row, head, token)
         for piece in over
@@ -54,7 +54,7 @@ def test_pieces_hold_every_query_once_and_share_evenly(shape: tuple[int, int, in
     if batch * heads * tokens >= 16 * threads:
         assert len(over) % LANES[threads] == 0
         assert max(p.tokens.stop - p.tokens.start for p in over) - min(p.tokens.stop - p.tokens.start for p in over) < 2
-    assert len(pieces(batch, heads, tokens, 16, most=1)) <= batch * heads
+    assert len(share(batch, heads, tokens, 16, most=1).pieces) <= batch * heads
 
 
 @pytest.mark.usefixtures("shared")
@@ -63,7 +63,7 @@ def test_pieces_hold_every_query_once_and_share_evenly(shape: tuple[int, int, in
 def test_is_right_in_pieces(name: str, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = SPARSE[name]
     data, (routes, chosen) = inputs(case, dtype), random_routes(case)
-    ran = spy(monkeypatch, cpu, "spread", lambda given, _: len(given[1]))
+    ran = spy(monkeypatch, cpu, "spread", lambda given, _: len(given[1].pieces))
     reference = run(case, data, "reference", routes=routes, grad=True)
     check(run(case, data, "flash", routes=routes, grad=True), oracle(case, data, chosen), reference, "flash")
     assert len(ran) == 2
@@ -94,7 +94,8 @@ def test_every_thread_has_its_share_of_cores_and_torch_keeps_its_own(threads: in
     def work(_: Piece) -> None:
         seen[get_ident()] = torch.get_num_threads()
 
-    spread(work, pieces(4, 4, 64, 1, most=1) * 8)
+    over = share(4, 4, 64, 1, most=1)
+    spread(work, over._replace(pieces=over.pieces * 8))
     lanes = LANES[threads]
     assert set(seen.values()) == {threads // lanes if lanes > 1 else 1}
     assert len(seen) <= lanes
@@ -111,7 +112,7 @@ def test_the_first_error_comes_through_when_all_are_done() -> None:
         done.append(piece.row)
 
     with pytest.raises(ValueError, match="row 1"):
-        spread(work, [Piece(row, slice(0, 1), slice(0, 1), 0) for row in range(6)])
+        spread(work, Shares([Piece(row, slice(0, 1), slice(0, 1), 0) for row in range(6)], 2))
     assert torch.get_num_threads() == 1 or sorted(done) == [0, 2, 3, 4, 5]
 
 
@@ -166,12 +167,12 @@ def test_threads_beyond_16_are_shared_out(
 
 def _child(results: multiprocessing.Queue[int]) -> None:
     seen = set()
-    spread(lambda _: seen.add((os.getpid(), get_ident())), pieces(2, 4, 64, 1, most=1))
+    spread(lambda _: seen.add((os.getpid(), get_ident())), share(2, 4, 64, 1, most=1))
     results.put(len(seen))
 
 
 def test_works_in_a_forked_process(shared: None) -> None:
-    spread(lambda _: None, pieces(2, 4, 64, 1, most=1))  # this process has its threads
+    spread(lambda _: None, share(2, 4, 64, 1, most=1))  # this process has its threads
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     child = context.Process(target=_child, args=(results,))

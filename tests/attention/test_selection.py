@@ -1,62 +1,84 @@
-"""The largest scores of many queries, against plain sorting in Python."""
+"""The best-scoring blocks of many queries, against plain sorting in Python."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
+from torch import Tensor
 
 from mobazoo.attention import selection
-from mobazoo.attention.selection import RUN, largest
+from mobazoo.attention.selection import RUN, choose, largest
 from tests.factories import spy
 
 WIDTHS = (4, 8, 12, 28, 64, 68, 100, 132, 256, 516)
+MOST = torch.finfo(torch.float32).max
 
 
-@pytest.fixture(params=["network", "top-k"])
-def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Few queries are as good as many for a test, and one round for few scores as good as two."""
-    monkeypatch.setattr(selection, "_LEAST_QUERIES", 1 if request.param == "network" else 1 << 30)
-    monkeypatch.setattr(selection, "_ONE_ROUND", 32)
-    return str(request.param)
-
-
-def scores_of(kind: str, shape: tuple[int, int, int]) -> torch.Tensor:
+def scores_of(kind: str, *shape: int) -> Tensor:
     torch.manual_seed(sum(shape))
     if kind == "normal":
         return torch.randn(shape)
+    if kind == "extremes":
+        some = torch.tensor([-torch.inf, -MOST, -1.0, -1e-42, 0.0, 1e-42, 1.0, MOST, torch.inf, torch.nan])
+        return some[torch.randint(0, len(some), shape)]
     return torch.randint(-2, 3, shape).float() * torch.tensor(-0.0 if kind == "zeros" else 1.0)
+
+
+def ranked(scores: list[float], numbers: Iterable[int]) -> list[int]:
+    """Numbers by falling score, the higher one first among equals; what is no number is the lowest."""
+
+    def score(number: int) -> float:
+        given = scores[number]
+        return max(-MOST, min(MOST, given)) if given == given else -MOST
+
+    return sorted(numbers, key=lambda number: (score(number), number), reverse=True)
+
+
+@pytest.mark.usefixtures("loops")
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "extremes"])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7, 8, 11, 12, 15, 16, 17, 40])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32], ids=str)
+def test_chooses_as_sorting_would(kind: str, k: int, dtype: torch.dtype) -> None:
+    """Ranges that begin and end anywhere, queries of two key heads with three each, more of them than lanes and fewer.
+
+    Nothing but the places of queries that have a choice is written.
+    """
+    for blocks, queries in ((max(12, k + -k % 4), 1), (64, 21), (132, 37)):
+        scores = scores_of(kind, 2, blocks, 3, queries)
+        first = torch.arange(queries) // 9
+        stop = (first + 1 + torch.arange(queries) * 3).clamp(max=blocks)
+        index = torch.full((2, 3, queries + 2, k), -7, dtype=dtype)
+        choose(scores.clone(), first, stop, 100, index[:, :, 1:-1])
+        assert (index[:, :, [0, -1]] == -7).all()
+        for h, g, t in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(queries)).tolist():
+            got, numbers = index[h, g, t + 1].tolist(), range(int(first[t]), int(stop[t]))
+            if len(numbers) > k:
+                assert got == [100 + n for n in ranked(scores[h, :, g, t].tolist(), numbers)[:k]], (blocks, t)
+            else:
+                assert got == [-7] * k, (blocks, t)
 
 
 @pytest.mark.parametrize("n", WIDTHS)
 @pytest.mark.parametrize("kind", ["normal", "ties", "zeros"])
-def test_as_sorting_would(n: int, kind: str, how: str) -> None:
-    scores = scores_of(kind, (2, n, 5))
+def test_torch_sorts_in_one_round_or_two(n: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_ONE_ROUND", 32)
+    scores = scores_of(kind, 2, n, 5)
     rows = scores.mT.flatten(0, 1).tolist()
     for k in (1, 2, 3, 5, 7, 8, 9, 16, 17, 40):
         if k > n:
             break
-        want = [[i for _, i in sorted(zip(row, range(n), strict=True), reverse=True)[:k]] for row in rows]
-        assert largest(scores.clone(), k).mT.flatten(0, 1).tolist() == want, (how, k)
+        assert largest(scores.clone(), k).mT.flatten(0, 1).tolist() == [ranked(row, range(n))[:k] for row in rows], k
 
 
-def test_both_ways_are_tried(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network compares what topk would select, and above a width there are two rounds."""
-    sorts = spy(monkeypatch, selection, "_sort", lambda *_: 1)
+def test_above_a_width_there_are_two_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_ONE_ROUND", 32)
     rounds = spy(monkeypatch, selection, "_first", lambda *_: 1)
     largest(torch.randn(1, 32, 5), 3)
     assert len(rounds) == 1
     largest(torch.randn(1, 32 + RUN, 5), 3)
     assert len(rounds) == 3
-    assert len(sorts) == (3 if how == "network" else 0)
-
-
-def test_all_infinities_and_extremes(how: str) -> None:
-    """Minus infinity is below the lowest number, and what fills lists up is below both."""
-    most = torch.finfo(torch.float32).max
-    column = [-torch.inf, -most, -torch.inf, most, torch.inf, -most, 0.0, -torch.inf]
-    scores = torch.tensor(column)[None, :, None]
-    assert largest(scores.clone(), 8).flatten().tolist() == [4, 3, 6, 5, 1, 7, 2, 0]
-    assert largest(torch.full((1, 12, 3), -torch.inf), 5)[0, :, 1].tolist() == [11, 10, 9, 8, 7]
 
 
 def test_keys_order_as_floats_do() -> None:
@@ -66,7 +88,7 @@ def test_keys_order_as_floats_do() -> None:
 
     def words(scores: list[float]) -> list[int]:
         number = torch.zeros(1, dtype=torch.int64)
-        return (selection._keys(torch.tensor(scores)[None, :, None], number, 1) >> 32).flatten().tolist()
+        return (selection._keys(torch.tensor(scores)[None, :, None], number) >> 32).flatten().tolist()
 
     assert words(ascending) == sorted(set(words(ascending)))
     assert words([-0.0, 0.0]) == [words(ascending)[5]] * 2

@@ -104,7 +104,7 @@ def test_integers_of_the_same_order(device: str) -> None:
     x = torch.tensor([*scores, 2.0, -2.0, 1e-30, -1e-30], device=device)
     y = torch.empty(16, dtype=torch.int32, device=device)
     _order[(1,)](x, y)
-    keys = selection._keys(x[None, :, None], torch.zeros(1, dtype=torch.int64, device=device), 1)
+    keys = selection._keys(x[None, :, None], torch.zeros(1, dtype=torch.int64, device=device))
     assert torch.equal(y.long(), (keys >> 32).flatten())
 
 

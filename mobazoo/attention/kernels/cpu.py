@@ -40,8 +40,9 @@ from mobazoo.attention.kernels.cpu_own import (
 )
 from mobazoo.attention.kernels.cpu_products import Products, own_products_pay, products_pay
 from mobazoo.attention.kernels.cpu_reads import Reads, calls, reads_all_before, reads_by_block
+from mobazoo.attention.kernels.cpu_rows import add, fold, gather
 from mobazoo.attention.kernels.layout import Layout
-from mobazoo.attention.lanes import Piece, pieces, spread
+from mobazoo.attention.lanes import Piece, Shares, share, spread
 
 # Below this many rows a thread, splitting a call over the threads costs more than it gives.
 _ROWS_PER_THREAD = 128
@@ -74,7 +75,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tu
         at = (row, queries, tokens)
         _forward(q[at], k[row, heads], v[row, heads], out[at], lse[at], layout.cut(piece, group), scale)
 
-    spread(work, _pieces(q, k, layout, _FORWARD_LEAST, most=q.shape[2]))
+    spread(work, _shares(q, k, layout, _FORWARD_LEAST, most=q.shape[2]))
     return out, lse
 
 
@@ -126,16 +127,10 @@ def _routed_forward(readers: list[Tensor], flat: list[Tensor], read: list[tuple[
         parts = max(1, min(torch.get_num_threads(), len(rows) // _ROWS_PER_THREAD))
         most = -(-len(rows) // parts)
         k, v = (x.expand(parts, 1, -1, -1) for x in read[0])
-    count, spare = len(rows), parts * most - len(rows)
-    filled = torch.cat([rows, rows[-1:].expand(spare)]) if spare else rows
-    queries = q.index_select(0, filled).view(parts, 1, most, -1)
+    count = len(rows)
+    queries = gather(q, rows, parts * most - count).view(parts, 1, most, -1)
     part, part_lse = forward_kernel(queries, k, v, 0.0, False, scale=scale)
-    part, part_lse = part.view(-1, q.shape[1])[:count], part_lse.flatten()[:count]
-    # Two partial softmaxes: the weight of the second is a sigmoid of the gap of their log-sum-exps.
-    old, old_lse = out.index_select(0, rows), lse.index_select(0, rows)
-    old.lerp_(part, (part_lse - old_lse).sigmoid_()[:, None])
-    out.index_copy_(0, rows, old)
-    lse.index_copy_(0, rows, torch.logaddexp(old_lse, part_lse))
+    fold(out, lse, rows, part.view(-1, q.shape[1])[:count], part_lse.flatten()[:count])
 
 
 def backward(
@@ -144,8 +139,10 @@ def backward(
     """Gradients of ``q``, ``k`` and ``v``, accumulated in float32 and rounded once."""
     keep_heap()
     group = q.shape[1] // k.shape[1]
-    over = _pieces(q, k, layout, _BACKWARD_LEAST, _MOST_SUMS)
-    shared = 1 + max((piece.part for piece in over), default=0)  # pieces of one key head, each with sums of its own
+    over = _shares(q, k, layout, _BACKWARD_LEAST, _MOST_SUMS)
+    shared = 1 + max(
+        (piece.part for piece in over.pieces), default=0
+    )  # pieces of one key head, each with sums of its own
     dq = q.new_empty(q.shape)
     dtype = k.dtype if shared == 1 else lse.dtype
     dk, dv = (x.new_empty(shared, *x.shape, dtype=dtype) for x in (k, v))
@@ -191,7 +188,7 @@ def _backward(
                 products.own(tile, first)
             else:
                 own_backward(tile, first, rowwise, wide_keys, wide_values, stats, sums, scale)
-        flat = [x.flatten(0, 1) for x in (*rowwise, stats)]
+        flat = [x.flatten(0, 1) for x in (*rowwise, stats[..., None])]
         dq, dk, dv = (sums[0].flatten(0, 1), *sums[1:])
         for begin, count, k0 in reads.runs(TOKENS_PER_CALL):
             rows, block = reads.rows[begin : begin + count], slice(k0, k0 + layout.block_size)
@@ -207,21 +204,21 @@ def _backward(
 def _routed_backward(
     rows: Tensor, flat: list[Tensor], k: Tensor, v: Tensor, sums: tuple[Tensor, ...], scale: float
 ) -> None:
-    """Adds the gradients of what ``rows`` read of one block; ``flat`` is dout, q, out and lse by row."""
-    dout, q, out, lse = (x.index_select(0, rows)[None, None] for x in flat)
-    parts = backward_kernel(dout, q, k[None, None], v[None, None], out, lse, 0.0, False, scale=scale)
+    """Adds the gradients of what ``rows`` read of one block; ``flat`` is dout, q and out ``[R, D]``, lse ``[R, 1]``."""
+    dout, q, out, lse = (gather(x, rows)[None, None] for x in flat)
+    parts = backward_kernel(dout, q, k[None, None], v[None, None], out, lse[..., 0], 0.0, False, scale=scale)
     dq, dk, dv = (part[0, 0] for part in parts)
-    sums[0].index_add_(0, rows, dq.to(sums[0].dtype))
+    add(sums[0], rows, dq)
     sums[1].add_(dk)
     sums[2].add_(dv)
 
 
-def _pieces(q: Tensor, k: Tensor, layout: Layout, least: int, most: int) -> list[Piece]:
+def _shares(q: Tensor, k: Tensor, layout: Layout, least: int, most: int) -> Shares:
     batch, hq, tokens, _ = q.shape
     heads = k.shape[1]
     if layout.index is None:  # one long causal call a row, which the kernel itself shares among threads
-        return [Piece(row, slice(0, heads), slice(0, tokens), 0) for row in range(batch)]
-    return pieces(batch, heads, tokens, least // (hq // heads), most)
+        return Shares([Piece(row, slice(0, heads), slice(0, tokens), 0) for row in range(batch)], 1)
+    return share(batch, heads, tokens, least // (hq // heads), most)
 
 
 def _first(layout: Layout) -> int:

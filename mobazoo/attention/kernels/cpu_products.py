@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention.kernels.cpu_own import Tile, pieces_of, strip_mask
+from mobazoo.attention.kernels.cpu_rows import add, gather
 
 # Scores of one call; keys beyond which, and queries below which, the kernel is as fast.
 _SCORES = 1 << 19
@@ -25,6 +26,7 @@ _MULTIPLE = 64
 # oneDNN ends a product in a sigmoid, not in an exponential: they are equal far below zero. Weights are divided by this
 # power of two, which leaves a difference of 2 ** -16 of a weight, and gradients of the output multiplied by it.
 _SHIFT = 16
+_ROWS = 1024
 _NEVER = 1e30  # as the log-sum-exp of a query, takes all its weights away
 
 
@@ -66,7 +68,7 @@ class Products:
         dtype = q.dtype
         self.sums, self.scale = sums, scale
         # (dout, delta) . (v, -1): a weight's gradient less its row's mean, which would cancel digits if rounded before.
-        delta = (dout.float() * out).sum(-1, keepdim=True)
+        delta = _row_sums(dout, out)
         dout = torch.cat([dout, *_parts(delta, 2, dtype)], -1).mul_(2.0**_SHIFT)
         v = torch.cat([v, v.new_full((len(v), 2), -1.0)], -1)
         # For own blocks: powers of two cost less than powers of e.
@@ -90,19 +92,20 @@ class Products:
                 self._own(few, few.q_start - q_start, slice(head, head + heads))
 
     def _own(self, tile: Tile, at: int, heads: slice) -> None:
-        q, dout, lse = (pieces_of(x[heads], at, tile.q_len, tile) for x in self.of_own)
-        group = len(q)
-        q, dout, lse = (x.flatten(0, 1) for x in (q, dout, lse))
-        lse = lse - strip_mask(tile.q_len, tile.k_len, 1, lse.dtype)
-        k, wide_k, v = (pieces_of(x, tile.k_start, tile.k_len, tile).repeat(group, 1, 1) for x in self.own_keys)
+        q, dout, lse = (
+            pieces_of(x[heads], at, tile.q_len, tile).transpose(0, 1).flatten(1, 2) for x in self.of_own
+        )  # [count, G * q_len, ...]: keys of a piece are multiplied with its queries of all heads at once
+        group = q.shape[1] // tile.q_len
+        lse = lse - strip_mask(tile.q_len, tile.k_len, group, lse.dtype)
+        k, wide_k, v = (pieces_of(x, tile.k_start, tile.k_len, tile) for x in self.own_keys)
         weights = (q.to(wide_k.dtype) @ wide_k.mT).sub_(lse).exp2_()
         slopes = (dout @ v.mT).to(weights.dtype).mul_(weights).to(q.dtype)
         dq, dk, dv = slopes @ k, slopes.mT @ q, weights.to(q.dtype).mT @ dout[..., : q.shape[-1]]
         dq_sum, dk_sum, dv_sum = self.sums
-        pieces_of(dq_sum[heads], at, tile.q_len, tile).add_(dq.unflatten(0, (group, -1)), alpha=self.scale)
+        dq = dq.to(dq_sum.dtype).unflatten(1, (group, -1)).transpose(0, 1)
+        pieces_of(dq_sum[heads], at, tile.q_len, tile).add_(dq, alpha=self.scale)
         for total, part, alpha in ((dk_sum, dk, self.scale), (dv_sum, dv, 1.0)):
-            of_group = part.unflatten(0, (group, -1)).sum(0, dtype=total.dtype)
-            pieces_of(total, tile.k_start, tile.k_len, tile).add_(of_group, alpha=alpha)
+            pieces_of(total, tile.k_start, tile.k_len, tile).add_(part.to(total.dtype), alpha=alpha)
 
     def routed(self, rows: Tensor, block: slice) -> None:
         """Adds what ``rows [n]``, of ``G * T``, read of a block."""
@@ -113,22 +116,29 @@ class Products:
         product = torch.ops.mkldnn._linear_pointwise
         k, columns, v = (x[block] for x in self.read_keys)
         count, dim = len(rows), k.shape[1]
-        more = -count % _MULTIPLE
-        filled = torch.cat([rows, rows[:1].expand(more)]) if more else rows
-        q, dout = (x.index_select(0, filled) for x in self.of_readers)
+        q, dout = (gather(x, rows, -count % _MULTIPLE) for x in self.of_readers)
         q[count:, -3] = _NEVER
         weights = product(q, columns, None, "sigmoid", [], "")
         slopes = product.binary(dout, weights, v, None, "mul")
         dq_sum, dk_sum, dv_sum = self.sums
-        dq_sum.flatten(0, 1).index_add_(0, rows, (slopes @ k)[:count].to(dq_sum.dtype).mul_(self.scale))
-        dk_sum[block].add_(slopes.mT @ q[:, :dim], alpha=self.scale)
-        dv_sum[block].add_(weights.mT @ dout[:, :dim])
+        add(dq_sum.flatten(0, 1), rows, (slopes @ k)[:count], self.scale)
+        dk_sum[block].add_((slopes.mT @ q[:, :dim]).to(dk_sum.dtype), alpha=self.scale)
+        dv_sum[block].add_((weights.mT @ dout[:, :dim]).to(dv_sum.dtype))
 
 
 def _parts(x: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
     """Tensors of a narrow dtype whose sum is ``x``, but for the last one's rounding."""
-    parts: list[Tensor] = []
-    for _ in range(count):
+    parts = [x.to(dtype)]
+    for _ in range(count - 1):
+        x = x - parts[-1].to(x.dtype)
         parts.append(x.to(dtype))
-        x = x - parts[-1]
     return parts
+
+
+def _row_sums(x: Tensor, y: Tensor) -> Tensor:
+    """``sum_d x y`` of ``[..., D]`` in float32: ``[..., 1]``."""
+    sums = torch.empty(*x.shape[:-1], 1)
+    # A few rows at a time, so that wide copies stay in cache.
+    for few_x, few_y, few in zip(*(each.flatten(0, -2).split(_ROWS) for each in (x, y, sums)), strict=True):
+        torch.sum(few_x.float().mul_(few_y.float()), -1, keepdim=True, out=few)
+    return sums

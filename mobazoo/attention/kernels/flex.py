@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from mobazoo.attention.native import compiler
 from mobazoo.attention.problem import Problem
 
 log = logging.getLogger("mobazoo.attention")
@@ -58,9 +58,8 @@ def _missing(device: str) -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
         return f"FlexAttention needs AVX2 on a CPU, this one has {capability}"
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return f"FlexAttention needs a C++ compiler on a CPU and {compiler!r} is not there; install it or set CXX"
+    if shutil.which(compiler()) is None:
+        return f"FlexAttention needs a C++ compiler on a CPU and {compiler()!r} is not there; install it or set CXX"
     return None
 
 

@@ -1,0 +1,133 @@
+"""Compiles ``cpu.cpp`` for this processor, keeps the result, and loads it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+from contextlib import suppress
+from ctypes import CDLL, c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+
+from mobazoo.errors import UnsupportedError
+
+log = logging.getLogger("mobazoo.attention")
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+
+# No relaxed arithmetic: infinities and what is no number keep their meaning.
+_OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
+_THIS_PROCESSOR = "-march=native"  # which not every compiler knows on every processor
+_LONGEST = 120  # seconds
+_P, _I = c_void_p, c_int64
+_SIGNATURES = {
+    "moba_choose": (_P, _I, _I, _I, _I, _P, _P, _I, _I, _P, _I, _I),
+    "moba_gather": (_P, _P, _I, _I, _P),
+    "moba_fold": (_P, _P, _P, _I, _I, _P, _P),
+    "moba_add": (_P, _P, _I, _I, _P, c_float),
+    "moba_add_bfloat16": (_P, _P, _I, _I, _P, c_float),
+}
+_LOCK = Lock()
+
+
+def compiler() -> str:
+    """The C++ compiler: ``CXX``, or ``g++``, which PyTorch's own compilation calls too."""
+    return os.environ.get("CXX", "g++")
+
+
+def library() -> CDLL | None:
+    """The functions of ``cpu.cpp``; None, said once in the log, where they cannot be had.
+
+    The first call on a machine compiles them, which takes a second or two. Other Python threads run while one of them
+    does.
+    """
+    with _LOCK:
+        return _library()
+
+
+@cache
+def _library() -> CDLL | None:
+    try:
+        loaded = _load()
+    except (OSError, UnsupportedError) as error:
+        log.warning("attention on a CPU is slower than it could be: %s", error)
+        return None
+    for name, types in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = types, None
+    return loaded
+
+
+def _load() -> CDLL:
+    """From the user's cache, or compiled into it."""
+    kept = _cache() / f"cpu-{_digest()}.so"
+    with suppress(OSError):  # none there, or a broken one
+        return CDLL(str(kept))
+    try:
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        room = TemporaryDirectory(dir=kept.parent)
+    except OSError as error:
+        log.info("%s takes no files (%s), so that every process compiles anew", kept.parent, error.strerror)
+        room = TemporaryDirectory(prefix="mobazoo-")
+    with room as folder:
+        made = Path(folder, kept.name)
+        _compile(made)
+        loaded = CDLL(str(made))
+        with suppress(OSError):
+            _keep(made, kept)
+    return loaded
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "mobazoo")
+
+
+def _digest() -> str:
+    """Of all that the compiled code depends on."""
+    said = "\n".join((SOURCE.read_text("utf-8"), *_OPTIONS, compiler(), _processor()))
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What tells processors with other instructions apart: a home may be shared by several machines."""
+    said = [platform.machine()]
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if not line.strip():  # the first of many
+                break
+            said += [line] if line.startswith(("model name", "flags", "Features", "CPU ")) else []
+    return "".join(said)
+
+
+def _compile(place: Path) -> None:
+    """Raises ``UnsupportedError`` where nothing comes of it."""
+    command = shlex.split(compiler())
+    failed = ""
+    log.info("compiling code for attention on this CPU by %s", compiler())
+    for option in ([_THIS_PROCESSOR], []):
+        call = [*command, *_OPTIONS, *option, "-o", str(place), str(SOURCE)]
+        try:
+            subprocess.run(call, check=True, capture_output=True, text=True, timeout=_LONGEST)
+        except (FileNotFoundError, PermissionError, IndexError):
+            raise UnsupportedError(f"the C++ compiler {compiler()!r} is not there; install it or set CXX") from None
+        except subprocess.TimeoutExpired:
+            raise UnsupportedError(f"{compiler()} took more than {_LONGEST} s; set CXX to another compiler") from None
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.splitlines() or ["it said nothing"]
+            first = next((line for line in lines if "error" in line), lines[0])
+            failed = f"{compiler()} ends with {error.returncode} ({first}); set CXX to another compiler"
+        else:
+            return
+    raise UnsupportedError(failed)
+
+
+def _keep(made: Path, kept: Path) -> None:
+    with made.open("rb") as file:
+        os.fsync(file.fileno())
+    made.replace(kept)
