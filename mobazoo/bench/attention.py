@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import cProfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
@@ -234,7 +234,7 @@ def _stages(case: Case) -> dict[str, float]:
     took = {"gate": min(seconds(gate) for _ in range(3))}
     profile = cProfile.Profile()
     profile.runcall(cpu.forward, q, k, v, layout, scale)
-    spent: Counter[str] = Counter()  # by function, what it calls included
+    spent: dict[str, float] = defaultdict(float)  # by function, what it calls included
     for entry in profile.getstats():
         spent[getattr(entry.code, "co_name", "")] += entry.totaltime
     took |= {"own blocks": spent["own_forward"], "sort": spent["reads_by_block"]}

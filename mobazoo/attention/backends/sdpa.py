@@ -36,7 +36,7 @@ def run(
     """Causal attention inside documents; see ``attend`` for shapes."""
     length, slots = q.shape[2], k.shape[2]
     if segments.whole and length == slots:
-        return _causal(q, k, v, scale)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     step = max(1, _MASK_ENTRIES // max(1, q.shape[0] * slots))
     count = -(-length // step)  # a graph is compiled for each count, not for each length
     chunks = []
@@ -50,17 +50,6 @@ def run(
         again = count > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         chunks.append(checkpoint(_masked, *args, use_reentrant=False) if again else _masked(*args))
     return torch.cat(chunks, dim=2)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal, ``T == S``. Key heads are shared by a view: rows and key heads as the batch, the group as the heads."""
-    batch, hkv, group = k.shape[0], k.shape[1], q.shape[1] // k.shape[1]
-    if group == 1 or q.device.type == "cuda":  # CUDA kernels share key heads themselves
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
-    grouped = q.unflatten(1, (hkv, group)).flatten(0, 1)  # [B * Hkv, G, T, D]
-    keys, values = (x.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
-    out = scaled_dot_product_attention(grouped, keys, values, is_causal=True, scale=scale)
-    return out.unflatten(0, (batch, hkv)).flatten(1, 2)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, segments: Segments, q_start: int | Tensor, scale: float) -> Tensor:
