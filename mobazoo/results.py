@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mobazoo._version import __version__
+from mobazoo.attention.native import library
 from mobazoo.config.recipe import plain
 from mobazoo.errors import InputError
 from mobazoo.files import RESULT, STAGE, check_result_place, signature, write_whole
@@ -68,7 +69,7 @@ def machine() -> dict[str, str]:
     """What figures depend on; nothing that tells whose machine it is."""
     return {
         "cpu": _cpu(),
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {"loops": _loops()}),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "transformers": _installed("transformers"),
@@ -91,6 +92,11 @@ def _cpu() -> str:
         lines = []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(iter(named), platform.processor() or platform.machine())
+
+
+def _loops() -> str:
+    """Who runs what torch's operators do badly on a CPU: see ``mobazoo.attention.native``."""
+    return "torch" if library() is None else "compiled"
 
 
 def _installed(package: str) -> str:
