@@ -36,11 +36,19 @@ def entries(index: Tensor, late: list[int]) -> Counter[tuple[int, int, int]]:
     )
 
 
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("late", [None, [3, 4, 9, 39]], ids=["all", "late"])
 @pytest.mark.parametrize("tokens", [40, 9000])
-def test_every_entry_is_read_once(tokens: int, late: list[int] | None) -> None:
-    """Fewer entries than torch sorts by radix, and more."""
+@pytest.mark.parametrize("how", ["whole", "cut", "strided", "int32"])
+def test_every_entry_is_read_once(tokens: int, late: list[int] | None, how: str) -> None:
+    """Also of a range of tokens, of routes that lie otherwise in memory, and of wider numbers."""
     index = some_index(3, 2, tokens, 2)
+    if how == "cut":
+        index = torch.cat([index[:, :, :7], index, index[:, :, 7:]], 2)[:, :, 7 : tokens + 7]
+    elif how == "strided":
+        index = index.mT.contiguous().mT
+    elif how == "int32":
+        index = index.int()
     found = list(reads_by_block(index, START, None if late is None else torch.tensor(late)))
     seen = Counter(
         (head, row, k0)

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-# Entries sorted at once, and the number from which torch sorts integers by radix: so much faster that fewer are filled
-# up to it.
-_SORTED_TOGETHER = 1 << 18
-_LEAST_SORTED = 1 << 15
+from mobazoo.attention.native import library
+
+# Entries of routes that are compared at once.
+_TOGETHER = 1 << 18
 
 Run = tuple[int, int, int]  # first of a block's rows, how many, and the block's first slot
 
@@ -77,32 +76,39 @@ def reads_by_block(index: Tensor, start: Tensor, late: Tensor | None) -> Iterato
         start: ``[N]``.
         late: int64, the queries whose entries count, ascending (None: all).
     """
-    hkv, group, length, k = index.shape
+    hkv, _, _, k = index.shape
     if not k or (late is not None and not len(late)):
         yield from [Reads.none()] * hkv
         return
-    queries = torch.arange(group)[:, None] * length + (torch.arange(length) if late is None else late)
-    queries = queries.flatten()
-    entries, bins, k0s = queries.shape[0] * k, start.shape[0] + 1, start.tolist()
-    together = max(1, _SORTED_TOGETHER // entries)
-    for some in index.split(together):
-        keys = (some if late is None else some[:, :, late]).flatten(1).int() + 1  # [h, n * (K - 1)], 0 is empty
-        heads = keys.shape[0]
-        keys += (torch.arange(heads, dtype=torch.int32) * bins)[:, None]
-        total = heads * entries
-        filled = pad(keys.flatten(), (0, max(0, _LEAST_SORTED - total)), value=heads * bins)
-        ordered, order = (each[:total] for each in filled.sort(stable=True))
-        order.view(heads, entries).sub_(torch.arange(0, total, entries)[:, None])
-        rows = order.div_(k, rounding_mode="floor")
-        if late is not None:
-            rows = queries.index_select(0, rows)
-        for head, counts in enumerate(torch.bincount(ordered, minlength=heads * bins).view(heads, bins).tolist()):
-            begin, blocks = counts[0], []
-            for count, k0 in zip(counts[1:], k0s, strict=True):
-                if count:
-                    blocks.append((begin, count, k0))
-                begin += count
-            yield Reads(rows[head * entries : (head + 1) * entries], blocks)
+    k0s = start.tolist()
+    for of_head in index:
+        rows, counts = _readers(of_head, len(k0s), late)
+        begin, blocks = 0, []
+        for count, k0 in zip(counts.tolist(), k0s, strict=True):
+            if count:
+                blocks.append((begin, count, k0))
+            begin += count
+        yield Reads(rows, blocks)
+
+
+def _readers(index: Tensor, blocks: int, late: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows in order of the blocks that they read, and how many read each ``[blocks]``; ``index [G, T, K - 1]``."""
+    group, length, k = index.shape
+    compiled = library()
+    if compiled is None:
+        queries = torch.arange(group)[:, None] * length + (torch.arange(length) if late is None else late)
+        keys, order = (index if late is None else index[:, late]).flatten().int().sort(stable=True)
+        counts = torch.bincount(keys + 1, minlength=blocks + 1)  # -1 is an empty place
+        return queries.flatten()[order[counts[0] :].div_(k, rounding_mode="floor")], counts[1:]
+    if index.stride()[1:] != (k, 1):
+        index = index.contiguous()
+    count = length if late is None else len(late)
+    rows, counts = torch.empty(group * count * k, dtype=torch.int64), torch.zeros(blocks, dtype=torch.int64)
+    compiled.moba_readers(
+        *(index.data_ptr(), index.element_size(), group, index.stride(0), length, k),
+        *(None if late is None else late.data_ptr(), count, blocks, counts.data_ptr(), rows.data_ptr()),
+    )
+    return rows, counts
 
 
 def reads_all_before(index: Tensor, pos: Tensor, doc: Tensor | None, block_size: int) -> bool:
@@ -123,7 +129,7 @@ def reads_all_before(index: Tensor, pos: Tensor, doc: Tensor | None, block_size:
     else:
         at = ((pos < early) & (doc >= 0)).nonzero().flatten()
         pos, read = pos[at], index[:, at]
-    heads = max(1, _SORTED_TOGETHER // max(1, pos.numel() * index.shape[-1]))
+    heads = max(1, _TOGETHER // max(1, pos.numel() * index.shape[-1]))
     # No query reads more than all, so that their sum tells.
     found = sum(int(torch.count_nonzero(some >= 0)) for some in read.split(heads))
     return found == len(index) * int((pos // block_size).sum())

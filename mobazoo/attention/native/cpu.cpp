@@ -121,6 +121,33 @@ void choose(const float *scores, int64_t heads, int64_t blocks, int64_t group, i
   }
 }
 
+// A counting sort: how many read each block, then everyone's row, in order of blocks and ascending inside one.
+template <class Index>
+void readers(const Index *index, int64_t group, int64_t group_stride, int64_t length, int64_t k, const int64_t *late,
+             int64_t count, int64_t blocks, int64_t *counts, int64_t *rows) {
+  std::vector<int64_t> next(blocks + 1);
+  for (int pass = 0; pass < 2; pass++) {
+    for (int64_t g = 0; g < group; g++) {
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t t = late == nullptr ? i : late[i];
+        const Index *chosen = index + g * group_stride + t * k;
+        for (int64_t j = 0; j < k; j++) {
+          const int64_t block = chosen[j];
+          if (block < 0 || block >= blocks) continue;  // an empty place
+          if (pass == 0) {
+            counts[block]++;
+          } else {
+            rows[next[block]++] = g * length + t;
+          }
+        }
+      }
+    }
+    if (pass == 0) {
+      for (int64_t block = 0; block < blocks; block++) next[block + 1] = next[block] + counts[block];
+    }
+  }
+}
+
 inline float wide(float x) { return x; }
 
 inline float wide(uint16_t bfloat16) {
@@ -156,6 +183,17 @@ void moba_choose(const float *scores, int64_t heads, int64_t blocks, int64_t gro
   }
 }
 
+// The rows g * length + t that read each block: index [group, ...], k each, `group_stride` from head to head, of the
+// queries late [count] (null: the first `count`). Counts [blocks] begin at 0; rows have place for every entry.
+void moba_readers(const void *index, int64_t index_bytes, int64_t group, int64_t group_stride, int64_t length,
+                  int64_t k, const int64_t *late, int64_t count, int64_t blocks, int64_t *counts, int64_t *rows) {
+  if (index_bytes == 2) {
+    readers(static_cast<const int16_t *>(index), group, group_stride, length, k, late, count, blocks, counts, rows);
+  } else {
+    readers(static_cast<const int32_t *>(index), group, group_stride, length, k, late, count, blocks, counts, rows);
+  }
+}
+
 // to[i] = from[rows[i]], rows of `bytes`.
 void moba_gather(const char *from, const int64_t *rows, int64_t count, int64_t bytes, char *to) {
   for (int64_t i = 0; i < count; i++) {
@@ -173,11 +211,12 @@ void moba_fold(float *out, float *lse, const int64_t *rows, int64_t count, int64
       expect(lse + rows[i + AHEAD], 4);
     }
     const float old = lse[rows[i]], gap = part_lse[i] - old;
-    const float weight = 1.0f / (1.0f + std::exp(-gap));
+    const float less = std::exp(-std::fabs(gap));  // of the two, divided by the larger one
+    const float weight = (gap > 0 ? 1.0f : less) / (1.0f + less);
     float *row = out + rows[i] * dim;
     const float *more = part + i * dim;
     for (int64_t d = 0; d < dim; d++) row[d] += weight * (more[d] - row[d]);
-    lse[rows[i]] = (gap > 0 ? part_lse[i] : old) + std::log1p(std::exp(-std::fabs(gap)));
+    lse[rows[i]] = (gap > 0 ? part_lse[i] : old) + std::log1p(less);
   }
 }
 
