@@ -71,6 +71,27 @@ def test_add(dtype: torch.dtype, scale: float, dim: int) -> None:
         torch.testing.assert_close(sums.double(), want, rtol=1e-6, atol=1e-6)
 
 
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_rows_are_shared_among_torchs_threads(threads: int) -> None:
+    """More rows than one thread takes, which no number of threads divides, each done once and none beyond."""
+    rows = torch.randperm(5000, generator=torch.Generator().manual_seed(0))[:2003].sort().values
+    source, out, lse = torch.randn(5000, 16), torch.randn(5000, 16), torch.randn(5000)
+    part, part_lse = torch.randn(2003, 16), torch.randn(2003)
+    want, want_lse = out.clone(), lse.clone()
+    for some in torch.arange(2003).split(100):
+        fold(want, want_lse, rows[some], part[some], part_lse[some])  # too few for a second thread
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(gather(source, rows), source[rows])
+        fold(out, lse, rows, part, part_lse)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+
+
 @pytest.mark.parametrize("name", ["b1k2", "b7k3", "b64k3", "b100k2", "chunk", "middle", "whole"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_flash_without_a_compiler(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +115,7 @@ def test_loops_are_what_attention_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             return getattr(library(), name)
 
     spy = Spy()
-    for module in ("routing", "selection", "kernels.cpu_rows"):
+    for module in ("routing", "selection", "kernels.cpu_reads", "kernels.cpu_rows"):
         monkeypatch.setattr(f"mobazoo.attention.{module}.library", lambda: spy)
     monkeypatch.setattr(cpu_masked, "_pays", lambda *_: False)
     case = SPARSE["b7k3"]

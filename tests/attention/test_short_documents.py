@@ -42,14 +42,14 @@ def test_which_documents_are_short() -> None:
         found = short_documents(over, torch.tensor([*begins, -1]), early, block_size, top_k, 2, q_start, stops[-1])
         return [tuple(each) for each in found]
 
-    assert short([1536], 128, 8) == [(0, 1024, 1536, 0)]
+    assert short([1280], 128, 8) == [(0, 1024, 1280, 0)]
     assert short([1024], 128, 8) == []
-    assert short([4096], 128, 8) == []
+    assert short([1536], 128, 8) == []
     assert short([2048], 512, 2) == []
     assert short([1024], 16, 8) == [(0, 128, 1024, 0)]
-    assert short([100, 1536, 1200], 128, 8) == [(100, 1124, 1636, 0), (1636, 2660, 2836, 12)]
-    assert short([100, 1536, 1200], 128, 8, q_start=2000) == [(1636, 2660, 2836, 12)]
-    assert short([1536], 128, 8, q_start=1500) == [(0, 1500, 1536, 0)]
+    assert short([100, 1280, 1200], 128, 8) == [(100, 1124, 1380, 0), (1380, 2404, 2580, 10)]
+    assert short([100, 1280, 1200], 128, 8, q_start=2000) == [(1380, 2404, 2580, 10)]
+    assert short([1280], 128, 8, q_start=1200) == [(0, 1200, 1280, 0)]
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 5])

@@ -104,30 +104,35 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: 
             reads = list(islice(plan.reads, len(keys[j : j + pair])))
             for call in calls(reads, group * q.shape[1], TOKENS_PER_CALL):
                 block = slice(call.k0, call.k0 + layout.block_size)
-                read = [(keys[j + head, block], values[j + head, block]) for head in call.heads]
+                read = [_of_heads(x[j : j + pair, block], call.heads) for x in (keys, values)]
                 _routed_forward(call.rows, flat, read, scale)
         if not in_place:
             out[g] = merged
         lse[g] = stats
 
 
-def _routed_forward(readers: list[Tensor], flat: list[Tensor], read: list[tuple[Tensor, Tensor]], scale: float) -> None:
+def _of_heads(x: Tensor, heads: list[int]) -> Tensor:
+    """Key heads of ``x [h, block_size, D]``, two at most, without a copy where they stand in order."""
+    some = x[min(heads) : max(heads) + 1]
+    return some.flip(0) if heads[0] > heads[-1] else some
+
+
+def _routed_forward(readers: list[Tensor], flat: list[Tensor], read: list[Tensor], scale: float) -> None:
     """Merges what the readers of a block, in one key head or two, read there into the output while it is in cache.
 
-    ``flat`` is q and output ``[rows, D]`` and log-sum-exp ``[rows]``, ``read`` keys and values ``[block_size, D]``.
+    ``flat`` is q and output ``[R, D]`` and log-sum-exp ``[R]``, ``read`` keys and values ``[h, block_size, D]``.
     """
     q, out, lse = flat
     # The kernel shares whole tiles of queries among threads, which leaves one waiting for the other; equal parts as
     # separate batch entries do not. Two key heads are two parts, the shorter filled up; one is cut.
     if len(readers) > 1:
-        rows, parts, most = torch.cat(readers), len(readers), len(readers[0])
-        k, v = (torch.stack(of_heads)[:, None] for of_heads in zip(*read, strict=True))
+        rows, parts, most = torch.cat(readers), len(readers), readers[0].shape[0]
     else:
         rows = readers[0]
-        parts = max(1, min(torch.get_num_threads(), len(rows) // _ROWS_PER_THREAD))
-        most = -(-len(rows) // parts)
-        k, v = (x.expand(parts, 1, -1, -1) for x in read[0])
-    count = len(rows)
+        parts = max(1, min(torch.get_num_threads(), rows.shape[0] // _ROWS_PER_THREAD))
+        most = -(-rows.shape[0] // parts)
+    count = rows.shape[0]
+    k, v = (x[:, None].expand(parts, -1, -1, -1) for x in read)
     queries = gather(q, rows, parts * most - count).view(parts, 1, most, -1)
     part, part_lse = forward_kernel(queries, k, v, 0.0, False, scale=scale)
     fold(out, lse, rows, part.view(-1, q.shape[1])[:count], part_lse.flatten()[:count])

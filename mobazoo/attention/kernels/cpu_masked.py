@@ -20,7 +20,7 @@ from mobazoo.attention.kernels.cpu_own import STRIP, Document, backward_kernel, 
 _MOST_TOKENS = 2048
 _ENTRIES = 1 << 20
 # What the time of one call for the readers of a block, beside its scores, is worth in scores.
-_CALL = 50_000
+_CALL = 20_000
 
 
 class Short(NamedTuple):

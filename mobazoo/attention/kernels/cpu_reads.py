@@ -54,18 +54,21 @@ def calls(heads: list[Reads], rows_of_head: int, most: int) -> Iterator[Call]:
 
     Two share a call where one has at least half as many readers as the other: a call takes as long as its longer part.
     """
-    readers: dict[int, list[tuple[Tensor, int]]] = {}
+    readers: dict[int, list[tuple[int, int, int]]] = {}  # of a block: how many, their head, the first of them
+    rows = [reads.rows + rows_of_head if number else reads.rows for number, reads in enumerate(heads)]
     for number, reads in enumerate(heads):
-        rows = reads.rows + rows_of_head if number else reads.rows
         for begin, count, k0 in reads.blocks:
-            readers.setdefault(k0, []).append((rows[begin : begin + count], number))
+            readers.setdefault(k0, []).append((count, number, begin))
     for k0, of_block in readers.items():
-        of_block.sort(key=lambda each: -len(each[0]))
-        for done in range(0, len(of_block[0][0]), most):
-            some = [(rows[done : done + most], number) for rows, number in of_block if len(rows) > done]
-            shared = len(some) > 1 and 2 * len(some[1][0]) >= len(some[0][0])
+        of_block.sort(reverse=True)
+        for done in range(0, of_block[0][0], most):
+            some = [
+                (min(count - done, most), number, begin + done) for count, number, begin in of_block if count > done
+            ]
+            shared = len(some) > 1 and 2 * some[1][0] >= some[0][0]
             for part in [some] if shared else [[each] for each in some]:
-                yield Call([rows for rows, _ in part], [number for _, number in part], k0)
+                of_heads = [rows[number][begin : begin + count] for count, number, begin in part]
+                yield Call(of_heads, [number for _, number, _ in part], k0)
 
 
 def reads_by_block(index: Tensor, start: Tensor, late: Tensor | None) -> Iterator[Reads]:

@@ -10,7 +10,7 @@ from mobazoo.attention.native import library
 
 def gather(source: Tensor, rows: Tensor, spare: int = 0) -> Tensor:
     """``source[rows]`` and then ``spare`` rows of zeros, ``[n + spare, D]``; ``source [R, D]`` is contiguous."""
-    count, dim = len(rows), source.shape[1]
+    count, dim = rows.shape[0], source.shape[1]
     found = source.new_empty(count + spare, dim)
     if spare:
         found[count:] = 0
@@ -18,8 +18,8 @@ def gather(source: Tensor, rows: Tensor, spare: int = 0) -> Tensor:
     if compiled is None:
         torch.index_select(source, 0, rows, out=found[:count])
     else:
-        row_bytes = dim * source.element_size()
-        compiled.moba_gather(source.data_ptr(), rows.data_ptr(), count, row_bytes, found.data_ptr())
+        pointers, row_bytes = (source.data_ptr(), rows.data_ptr()), dim * source.element_size()
+        compiled.moba_gather(*pointers, count, row_bytes, found.data_ptr(), torch.get_num_threads())
     return found
 
 
@@ -36,9 +36,8 @@ def fold(out: Tensor, lse: Tensor, rows: Tensor, part: Tensor, part_lse: Tensor)
         out.index_copy_(0, rows, old)
         lse.index_copy_(0, rows, torch.logaddexp(old_lse, part_lse))
     else:
-        sizes = (len(rows), out.shape[1])
-        pointers = (out.data_ptr(), lse.data_ptr(), rows.data_ptr())
-        compiled.moba_fold(*pointers, *sizes, part.data_ptr(), part_lse.data_ptr())
+        pointers, parts = (out.data_ptr(), lse.data_ptr(), rows.data_ptr()), (part.data_ptr(), part_lse.data_ptr())
+        compiled.moba_fold(*pointers, rows.shape[0], out.shape[1], *parts, torch.get_num_threads())
 
 
 def add(sums: Tensor, rows: Tensor, part: Tensor, scale: float = 1.0) -> None:

@@ -29,8 +29,8 @@ _P, _I = c_void_p, c_int64
 _SIGNATURES = {
     "moba_choose": (_P, _I, _I, _I, _I, _P, _P, _I, _I, _P, _I, _I),
     "moba_readers": (_P, _I, _I, _I, _I, _I, _P, _I, _I, _P, _P),
-    "moba_gather": (_P, _P, _I, _I, _P),
-    "moba_fold": (_P, _P, _P, _I, _I, _P, _P),
+    "moba_gather": (_P, _P, _I, _I, _P, _I),
+    "moba_fold": (_P, _P, _P, _I, _I, _P, _P, _I),
     "moba_add": (_P, _P, _I, _I, _P, c_float),
     "moba_add_bfloat16": (_P, _P, _I, _I, _P, c_float),
 }

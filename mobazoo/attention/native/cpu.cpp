@@ -1,5 +1,5 @@
 // What torch's operators do badly on a CPU: choosing a few of many scores, and rows scattered through memory.
-// Plain loops over raw memory, on the thread that calls; whoever calls them checks shapes and dtypes.
+// Plain loops over raw memory; whoever calls them checks shapes and dtypes.
 
 #include <cmath>
 #include <cstdint>
@@ -9,6 +9,16 @@
 
 #ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+
+#ifdef __linux__
+// Of the OpenMP that torch has loaded, so that its own threads do this too: they are awake, and have in their caches what
+// they share of a kernel's work. Null where torch is built in another way.
+extern "C" void GOMP_parallel(void (*work)(void *), void *given, unsigned threads, unsigned flags) __attribute__((weak));
+extern "C" int omp_get_thread_num() __attribute__((weak));
+#else
+constexpr void (*GOMP_parallel)(void (*)(void *), void *, unsigned, unsigned) = nullptr;
+constexpr int (*omp_get_thread_num)() = nullptr;
 #endif
 
 namespace {
@@ -34,6 +44,28 @@ inline bool any(Ints yes) {
 #else
   return true;  // to find out would cost more than it saves
 #endif
+}
+
+// Rows for one of several threads, at least.
+constexpr int64_t ROWS = 128;
+
+// Calls work(begin, end) for equal ranges of `count` rows.
+template <class Work>
+void share(int64_t threads, int64_t count, const Work &work) {
+  if (threads < 2 || count < threads * ROWS || GOMP_parallel == nullptr || omp_get_thread_num == nullptr) {
+    return work(0, count);
+  }
+  struct Given {
+    const Work &work;
+    int64_t count, part;
+  } given{work, count, (count + threads - 1) / threads};
+  GOMP_parallel(
+      [](void *raw) {
+        const Given &all = *static_cast<const Given *>(raw);
+        const int64_t begin = omp_get_thread_num() * all.part, rest = all.count - begin;
+        if (rest > 0) all.work(begin, begin + (rest < all.part ? rest : all.part));
+      },
+      &given, static_cast<unsigned>(threads), 0);
 }
 
 struct Queries {           // up to LANES neighbours
@@ -195,29 +227,33 @@ void moba_readers(const void *index, int64_t index_bytes, int64_t group, int64_t
 }
 
 // to[i] = from[rows[i]], rows of `bytes`.
-void moba_gather(const char *from, const int64_t *rows, int64_t count, int64_t bytes, char *to) {
-  for (int64_t i = 0; i < count; i++) {
-    if (i + AHEAD < count) expect(from + rows[i + AHEAD] * bytes, bytes);
-    std::memcpy(to + i * bytes, from + rows[i] * bytes, bytes);
-  }
+void moba_gather(const char *from, const int64_t *rows, int64_t count, int64_t bytes, char *to, int64_t threads) {
+  share(threads, count, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      if (i + AHEAD < end) expect(from + rows[i + AHEAD] * bytes, bytes);
+      std::memcpy(to + i * bytes, from + rows[i] * bytes, bytes);
+    }
+  });
 }
 
 // Merges partial softmaxes into rows: the weight of the second is a sigmoid of the gap of their log-sum-exps.
 void moba_fold(float *out, float *lse, const int64_t *rows, int64_t count, int64_t dim, const float *part,
-               const float *part_lse) {
-  for (int64_t i = 0; i < count; i++) {
-    if (i + AHEAD < count) {
-      expect(out + rows[i + AHEAD] * dim, 4 * dim);
-      expect(lse + rows[i + AHEAD], 4);
+               const float *part_lse, int64_t threads) {
+  share(threads, count, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      if (i + AHEAD < end) {
+        expect(out + rows[i + AHEAD] * dim, 4 * dim);
+        expect(lse + rows[i + AHEAD], 4);
+      }
+      const float old = lse[rows[i]], gap = part_lse[i] - old;
+      const float less = std::exp(-std::fabs(gap));  // of the two, divided by the larger one
+      const float weight = (gap > 0 ? 1.0f : less) / (1.0f + less);
+      float *row = out + rows[i] * dim;
+      const float *more = part + i * dim;
+      for (int64_t d = 0; d < dim; d++) row[d] += weight * (more[d] - row[d]);
+      lse[rows[i]] = (gap > 0 ? part_lse[i] : old) + std::log1p(less);
     }
-    const float old = lse[rows[i]], gap = part_lse[i] - old;
-    const float less = std::exp(-std::fabs(gap));  // of the two, divided by the larger one
-    const float weight = (gap > 0 ? 1.0f : less) / (1.0f + less);
-    float *row = out + rows[i] * dim;
-    const float *more = part + i * dim;
-    for (int64_t d = 0; d < dim; d++) row[d] += weight * (more[d] - row[d]);
-    lse[rows[i]] = (gap > 0 ? part_lse[i] : old) + std::log1p(less);
-  }
+  });
 }
 
 // sums[rows[i]] += scale * part[i]
