@@ -181,8 +181,30 @@ def test_a_cache_that_takes_no_files(cache: Path, caplog: pytest.LogCaptureFixtu
     caplog.set_level(logging.INFO, "mobazoo.attention")
     cache.write_text("a file where the folder should be")
     assert library() is not None
-    assert "takes no files" in caplog.text
+    assert "not kept, so that every process compiles anew" in caplog.text
+    assert "File exists" in caplog.text
     assert cache.read_text() == "a file where the folder should be"
+
+
+@needs_compiler
+def test_nobody_is_at_home(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mobazoo.attention")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", lambda _: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    assert library() is not None
+    assert "compiles anew: no home directory" in caplog.text
+
+
+@needs_compiler
+def test_code_is_not_loaded_from_where_others_may_write(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mobazoo.attention")
+    cache.mkdir()
+    cache.chmod(0o777)
+    planted = cache / f"cpu-{build._digest()}.so"
+    planted.write_text("not ours")
+    assert library() is not None
+    assert "others may write there" in caplog.text
+    assert planted.read_text() == "not ours"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import shlex
 import subprocess
 from contextlib import suppress
 from ctypes import CDLL, c_float, c_int64, c_void_p
+from errno import EACCES
 from functools import cache
 from pathlib import Path
+from stat import S_IWGRP, S_IWOTH
 from tempfile import TemporaryDirectory
 from threading import Lock
 
@@ -67,26 +69,37 @@ def _library() -> CDLL | None:
 
 def _load() -> CDLL:
     """From the user's cache, or compiled into it."""
-    kept = _cache() / f"cpu-{_digest()}.so"
-    with suppress(OSError):  # none there, or a broken one
-        return CDLL(str(kept))
+    if os.name != "posix":
+        raise UnsupportedError(f"its loops in C++ are for Linux and macOS, this is {platform.system()}")
+    name = f"cpu-{_digest()}.so"
+    kept: Path | None = None
     try:
-        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        room = TemporaryDirectory(dir=kept.parent)
-    except OSError as error:
-        log.info("%s takes no files (%s), so that every process compiles anew", kept.parent, error.strerror)
+        folder = _cache()
+        with suppress(OSError):  # none there, or a broken one
+            return CDLL(str(folder / name))
+        room, kept = TemporaryDirectory(dir=folder), folder / name
+    except (OSError, RuntimeError) as error:
+        log.info("compiled code is not kept, so that every process compiles anew: %s", error)
         room = TemporaryDirectory(prefix="mobazoo-")
-    with room as folder:
-        made = Path(folder, kept.name)
+    with room as beside:
+        made = Path(beside, name)
         _compile(made)
         loaded = CDLL(str(made))
-        with suppress(OSError):
-            _keep(made, kept)
+        if kept is not None:
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
+            made.replace(kept)
     return loaded
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "mobazoo")
+    """The user's folder for compiled code, made if need be; an error where it cannot be or others may write there."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "mobazoo")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & (S_IWGRP | S_IWOTH):
+        raise PermissionError(EACCES, "others may write there", str(folder))
+    return folder
 
 
 def _digest() -> str:
@@ -108,8 +121,7 @@ def _processor() -> str:
 
 def _compile(place: Path) -> None:
     """Raises ``UnsupportedError`` where nothing comes of it."""
-    command = shlex.split(compiler())
-    failed = ""
+    command, failed = shlex.split(compiler()), ""
     log.info("compiling code for attention on this CPU by %s", compiler())
     for option in ([_THIS_PROCESSOR], []):
         call = [*command, *_OPTIONS, *option, "-o", str(place), str(SOURCE)]
@@ -126,9 +138,3 @@ def _compile(place: Path) -> None:
         else:
             return
     raise UnsupportedError(failed)
-
-
-def _keep(made: Path, kept: Path) -> None:
-    with made.open("rb") as file:
-        os.fsync(file.fileno())
-    made.replace(kept)

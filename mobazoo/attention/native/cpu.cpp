@@ -7,8 +7,10 @@
 #include <limits>
 #include <vector>
 
-#ifdef __AVX512F__
+#if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #ifdef __linux__
@@ -23,7 +25,14 @@ constexpr int (*omp_get_thread_num)() = nullptr;
 
 namespace {
 
+// As many floats as the processor takes at once.
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
@@ -39,8 +48,14 @@ inline void expect(const void *row, int64_t bytes) {
 }
 
 inline bool any(Ints yes) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)yes, (__m512i)yes);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps((__m256)yes);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)yes);
+#elif defined(__ARM_NEON)
+  return vaddvq_s32((int32x4_t)yes) != 0;
 #else
   return true;  // to find out would cost more than it saves
 #endif
