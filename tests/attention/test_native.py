@@ -92,6 +92,20 @@ def test_rows_are_shared_among_torchs_threads(threads: int) -> None:
     assert torch.equal(lse, want_lse)
 
 
+@needs_compiler
+def test_fewer_threads_than_torch_counts_on_do_all_of_the_work() -> None:
+    code = """
+import torch
+from mobazoo.attention.kernels.cpu_rows import gather
+torch.set_num_threads(4)
+source = torch.randn(5000, 16)
+rows = torch.arange(0, 5000, 2)
+assert torch.get_num_threads() == 4
+assert torch.equal(gather(source, rows), source[rows])
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_THREAD_LIMIT": "2"}, check=True, timeout=120)
+
+
 @pytest.mark.parametrize("name", ["b1k2", "b7k3", "b64k3", "b100k2", "chunk", "middle", "whole"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_flash_without_a_compiler(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

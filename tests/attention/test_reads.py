@@ -39,7 +39,7 @@ def entries(index: Tensor, late: list[int]) -> Counter[tuple[int, int, int]]:
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("late", [None, [3, 4, 9, 39]], ids=["all", "late"])
 @pytest.mark.parametrize("tokens", [40, 9000])
-@pytest.mark.parametrize("how", ["whole", "cut", "strided", "int32"])
+@pytest.mark.parametrize("how", ["whole", "cut", "strided", "int32", "int64"])
 def test_every_entry_is_read_once(tokens: int, late: list[int] | None, how: str) -> None:
     """Also of a range of tokens, of routes that lie otherwise in memory, and of wider numbers."""
     index = some_index(3, 2, tokens, 2)
@@ -49,6 +49,8 @@ def test_every_entry_is_read_once(tokens: int, late: list[int] | None, how: str)
         index = index.mT.contiguous().mT
     elif how == "int32":
         index = index.int()
+    elif how == "int64":
+        index = index.long()
     found = list(reads_by_block(index, START, None if late is None else torch.tensor(late)))
     seen = Counter(
         (head, row, k0)

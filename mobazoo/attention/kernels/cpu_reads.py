@@ -91,7 +91,7 @@ def reads_by_block(index: Tensor, start: Tensor, late: Tensor | None) -> Iterato
             if count:
                 blocks.append((begin, count, k0))
             begin += count
-        yield Reads(rows, blocks)
+        yield Reads(rows[:begin], blocks)
 
 
 def _readers(index: Tensor, blocks: int, late: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -103,6 +103,8 @@ def _readers(index: Tensor, blocks: int, late: Tensor | None) -> tuple[Tensor, T
         keys, order = (index if late is None else index[:, late]).flatten().int().sort(stable=True)
         counts = torch.bincount(keys + 1, minlength=blocks + 1)  # -1 is an empty place
         return queries.flatten()[order[counts[0] :].div_(k, rounding_mode="floor")], counts[1:]
+    if index.dtype not in (torch.int16, torch.int32):
+        index = index.int()
     if index.stride()[1:] != (k, 1):
         index = index.contiguous()
     count = length if late is None else len(late)

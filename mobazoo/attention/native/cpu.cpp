@@ -18,9 +18,11 @@
 // they share of a kernel's work. Null where torch is built in another way.
 extern "C" void GOMP_parallel(void (*work)(void *), void *given, unsigned threads, unsigned flags) __attribute__((weak));
 extern "C" int omp_get_thread_num() __attribute__((weak));
+extern "C" int omp_get_num_threads() __attribute__((weak));
 #else
 constexpr void (*GOMP_parallel)(void (*)(void *), void *, unsigned, unsigned) = nullptr;
 constexpr int (*omp_get_thread_num)() = nullptr;
+constexpr int (*omp_get_num_threads)() = nullptr;
 #endif
 
 namespace {
@@ -64,28 +66,27 @@ inline bool any(Ints yes) {
 // Rows for one of several threads, at least.
 constexpr int64_t ROWS = 128;
 
-// Calls work(begin, end) for equal ranges of `count` rows.
+// Calls work(begin, end) for equal ranges of `count` rows, by so many threads at most.
 template <class Work>
 void share(int64_t threads, int64_t count, const Work &work) {
-  if (threads < 2 || count < threads * ROWS || GOMP_parallel == nullptr || omp_get_thread_num == nullptr) {
-    return work(0, count);
-  }
+  const bool able = GOMP_parallel != nullptr && omp_get_thread_num != nullptr && omp_get_num_threads != nullptr;
+  if (!able || threads < 2 || count < threads * ROWS) return work(0, count);
   struct Given {
     const Work &work;
-    int64_t count, part;
-  } given{work, count, (count + threads - 1) / threads};
+    int64_t count;
+  } given{work, count};
   GOMP_parallel(
       [](void *raw) {
         const Given &all = *static_cast<const Given *>(raw);
-        const int64_t begin = omp_get_thread_num() * all.part, rest = all.count - begin;
-        if (rest > 0) all.work(begin, begin + (rest < all.part ? rest : all.part));
+        const int64_t one = omp_get_thread_num(), of = omp_get_num_threads();  // which may be fewer than asked for
+        all.work(all.count * one / of, all.count * (one + 1) / of);
       },
       &given, static_cast<unsigned>(threads), 0);
 }
 
-struct Queries {           // up to LANES neighbours
-  const float *scores;     // of the first block
-  int64_t stride;          // from one block's scores to the next one's
+struct Queries {        // up to LANES neighbours
+  const float *scores;  // of the first block
+  int64_t stride;       // from one block's scores to the next one's
   int64_t count;
   const int64_t *first, *stop;  // blocks that each may choose
 };
@@ -131,6 +132,7 @@ inline __attribute__((always_inline)) void largest(const Queries &q, int64_t k, 
   }
 }
 
+// The same, with places that a compiler can keep in registers.
 template <int K>
 void largest_in_registers(const Queries &q, Ints *which) {
   Floats best[K];
@@ -138,6 +140,8 @@ void largest_in_registers(const Queries &q, Ints *which) {
   largest(q, K, best, found);
   std::memcpy(which, found, sizeof found);
 }
+
+constexpr int64_t MORE = 3;  // places that largest_of may write beyond k
 
 void largest_of(const Queries &q, int64_t k, Floats *best, Ints *which) {
   if (k == 1) return largest_in_registers<1>(q, which);
@@ -152,8 +156,8 @@ void largest_of(const Queries &q, int64_t k, Floats *best, Ints *which) {
 template <class Index>
 void choose(const float *scores, int64_t heads, int64_t blocks, int64_t group, int64_t count, const int64_t *first,
             const int64_t *stop, int64_t k, int64_t before, Index *index, int64_t index_stride) {
-  std::vector<Floats> best(k + LANES);
-  std::vector<Ints> which(k + LANES);
+  std::vector<Floats> best(k);
+  std::vector<Ints> which(k + MORE);
   for (int64_t head = 0; head < heads * group; head++) {
     const float *of_head = scores + (head / group * blocks * group + head % group) * count;
     for (int64_t t = 0; t < count; t += LANES) {
