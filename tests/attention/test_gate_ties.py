@@ -83,7 +83,7 @@ def test_zero_queries_and_equal_keys(dtype: torch.dtype) -> None:
 
 
 @pytest.fixture(params=["cpu", "other device"])
-def _tiny_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _tiny_chunks(request: pytest.FixtureRequest, loops: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the gate work in many chunks, by the branch of a CPU or of a device whose values are not read."""
     monkeypatch.setattr(_Room, "of", lambda _: _Room(100_000, 16))
     if request.param != "cpu":

@@ -248,6 +248,15 @@ def test_says_why_nothing_was_compiled(
     assert torch.equal(gather(torch.ones(3, 2), torch.tensor([2])), torch.ones(1, 2))
 
 
+def test_says_where_nothing_is_compiled(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "_POSIX", False)
+    assert library() is None
+    assert "its loops in C++ are for Linux and macOS, this is " in caplog.text
+    assert not cache.exists()
+
+
 @needs_compiler
 def test_several_processes_at_once(cache: Path) -> None:
     """None loads what another has half written."""

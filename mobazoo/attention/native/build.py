@@ -27,6 +27,7 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 _OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 _THIS_PROCESSOR = "-march=native"  # which not every compiler knows on every processor
 _LONGEST = 120  # seconds
+_POSIX = os.name == "posix"
 _P, _I = c_void_p, c_int64
 _SIGNATURES = {
     "moba_choose": (_P, _I, _I, _I, _I, _P, _P, _I, _I, _P, _I, _I),
@@ -69,7 +70,7 @@ def _library() -> CDLL | None:
 
 def _load() -> CDLL:
     """From the user's cache, or compiled into it."""
-    if os.name != "posix":
+    if not _POSIX:
         raise UnsupportedError(f"its loops in C++ are for Linux and macOS, this is {platform.system()}")
     name = f"cpu-{_digest()}.so"
     kept: Path | None = None
