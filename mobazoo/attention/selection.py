@@ -35,7 +35,8 @@ def choose(scores: Tensor, first: Tensor, stop: Tensor, before: int, index: Tens
         best = best.unflatten(2, scores.shape[2:]).permute(0, 2, 3, 1)
         index.copy_(torch.where((stop - first > index.shape[3])[:, None], best, index))
     else:
-        ranges = (first.contiguous().data_ptr(), stop.contiguous().data_ptr())
+        first, stop = first.contiguous(), stop.contiguous()  # by name, so that copies live as long as the call
+        ranges = (first.data_ptr(), stop.data_ptr())
         place = (index.data_ptr(), index.stride(1), index.element_size())
         compiled.moba_choose(scores.data_ptr(), *scores.shape, *ranges, index.shape[3], before, *place)
 

@@ -50,7 +50,8 @@ def test_chooses_as_sorting_would(kind: str, k: int, dtype: torch.dtype) -> None
         first = torch.arange(queries) // 9
         stop = (first + 1 + torch.arange(queries) * 3).clamp(max=blocks)
         index = torch.full((2, 3, queries + 2, k), -7, dtype=dtype)
-        choose(scores.clone(), first, stop, 100, index[:, :, 1:-1])
+        apart = torch.stack([first, stop], 1)  # ranges that do not lie together in memory
+        choose(scores.clone(), apart[:, 0], apart[:, 1], 100, index[:, :, 1:-1])
         assert (index[:, :, [0, -1]] == -7).all()
         for h, g, t in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(queries)).tolist():
             got, numbers = index[h, g, t + 1].tolist(), range(int(first[t]), int(stop[t]))

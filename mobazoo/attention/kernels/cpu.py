@@ -145,9 +145,8 @@ def backward(
     keep_heap()
     group = q.shape[1] // k.shape[1]
     over = _shares(q, k, layout, _BACKWARD_LEAST, _MOST_SUMS)
-    shared = 1 + max(
-        (piece.part for piece in over.pieces), default=0
-    )  # pieces of one key head, each with sums of its own
+    # Pieces of one key head, each with sums of its own.
+    shared = 1 + max((piece.part for piece in over.pieces), default=0)
     dq = q.new_empty(q.shape)
     dtype = k.dtype if shared == 1 else lse.dtype
     dk, dv = (x.new_empty(shared, *x.shape, dtype=dtype) for x in (k, v))

@@ -23,10 +23,11 @@ _MOST_KEYS = 4096
 _LEAST_QUERIES = 128
 # Readers of a block are filled up to a multiple: oneDNN compiles a product for every size it meets.
 _MULTIPLE = 64
+# Rows that are widened at once.
+_ROWS = 1024
 # oneDNN ends a product in a sigmoid, not in an exponential: they are equal far below zero. Weights are divided by this
 # power of two, which leaves a difference of 2 ** -16 of a weight, and gradients of the output multiplied by it.
 _SHIFT = 16
-_ROWS = 1024
 _NEVER = 1e30  # as the log-sum-exp of a query, takes all its weights away
 
 
