@@ -19,6 +19,10 @@ import torch
 # Python runs one thread at a time between kernels: with more than these, threads would wait for it.
 _MOST = 16
 
+# Queries of all heads for one thread of ours, at least. Below, torch's own threads share every call: after its last
+# shared call one of them still spins for milliseconds on a core that ours would need.
+LEAST_QUERIES = 8192
+
 
 class Piece(NamedTuple):
     """Some key heads and some query tokens of one row."""

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from mobazoo.attention.blocks import UNUSED, Centroids
 from mobazoo.attention.gates import TORCH, TRITON, check_by
 from mobazoo.attention.heap import keep_heap
-from mobazoo.attention.lanes import Piece, share, spread
+from mobazoo.attention.lanes import LEAST_QUERIES, Piece, share, spread
 from mobazoo.attention.native import library
 from mobazoo.attention.pattern import MoBA
 from mobazoo.attention.segments import Segments
@@ -24,8 +24,6 @@ EMPTY = -1
 
 # Bytes of one query's float32 copy, by head dim.
 _BYTES_PER_QUERY_DIM = 8
-# Queries of all heads for one thread of ours, at least: see kernels/cpu.py.
-_LEAST_QUERIES = 8192
 
 
 class _Room(NamedTuple):
@@ -168,7 +166,7 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str 
 
     if q.device.type == "cpu":
         keep_heap()
-        spread(work, share(batch, hkv, length, _LEAST_QUERIES // group, most=length))
+        spread(work, share(batch, hkv, length, LEAST_QUERIES // group, most=length))
     else:
         for row in range(batch):
             work(Piece(row, slice(0, hkv), slice(0, length), 0))

@@ -42,14 +42,12 @@ from mobazoo.attention.kernels.cpu_products import Products, own_products_pay, p
 from mobazoo.attention.kernels.cpu_reads import Reads, calls, reads_all_before, reads_by_block
 from mobazoo.attention.kernels.cpu_rows import add, fold, gather
 from mobazoo.attention.kernels.layout import Layout
-from mobazoo.attention.lanes import Piece, Shares, share, spread
+from mobazoo.attention.lanes import LEAST_QUERIES, Piece, Shares, share, spread
 
 # Below this many rows a thread, splitting a call over the threads costs more than it gives.
 _ROWS_PER_THREAD = 128
-# Queries of all heads for one thread of ours, at least. Below, torch's own threads share every call: after its last
-# shared call one of them still spins for milliseconds on a core that ours would need. The backward kernel shares whole
-# entries only, and has one a call.
-_FORWARD_LEAST = 8192
+# Queries for one thread of ours, at least. The backward kernel shares whole entries only, and has one a call.
+_FORWARD_LEAST = LEAST_QUERIES
 _BACKWARD_LEAST = 1024
 # Pieces that share a key head, each with sums of its own for its gradients.
 _MOST_SUMS = 4
