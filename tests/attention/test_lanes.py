@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mobazoo.attention import MoBA, attend
+from mobazoo.attention import MoBA, attend, routing
 from mobazoo.attention.kernels import cpu
 from mobazoo.attention.lanes import Piece, Shares, count, share, spread
 from tests.attention.parity.cases import SPARSE
@@ -36,6 +36,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """No problem is too small for threads of ours."""
     for name in ("_FORWARD_LEAST", "_BACKWARD_LEAST"):
         monkeypatch.setattr(cpu, name, 1)
+    monkeypatch.setattr(routing, "LEAST_QUERIES", 1)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +73,15 @@ def test_is_right_in_pieces(name: str, dtype: torch.dtype, threads: int, monkeyp
 
 @pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize("name", ["b7k3", "chunk", "whole"])
-def test_gate_chooses_the_same_in_pieces(name: str, threads: int) -> None:
+def test_gate_chooses_the_same_in_pieces(name: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = SPARSE[name]
     data = inputs(case)
     torch.set_num_threads(1)
     alone = chosen_by(gate_routes(case, data.q, data.k))
     torch.set_num_threads(threads)
+    cut = spy(monkeypatch, routing, "spread", lambda given, _: len(given[1].pieces))
     assert chosen_by(gate_routes(case, data.q, data.k)) == alone
+    assert cut[0] >= min(threads, case.hkv * len(case.rows))
 
 
 def test_gradients_are_the_same_bits_every_time(shared: None, threads: int) -> None:
