@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from mobazoo.attention.native import library
 
 # Entries of routes that are compared at once.
 _TOGETHER = 1 << 18
@@ -41,36 +38,6 @@ class Reads:
                 yield begin + done, min(most, count - done), k0
 
 
-class Call(NamedTuple):
-    """Readers of one block in one key head, or in two that share a kernel call."""
-
-    rows: list[Tensor]  # of each key head, the longer one first; those of the second come after all of the first
-    heads: list[int]  # their numbers, 0 and 1
-    k0: int
-
-
-def calls(heads: list[Reads], rows_of_head: int, most: int) -> Iterator[Call]:
-    """The calls for one key head or two, for at most ``most`` rows of each; a head has ``rows_of_head`` rows.
-
-    Two share a call where one has at least half as many readers as the other: a call takes as long as its longer part.
-    """
-    readers: dict[int, list[tuple[int, int, int]]] = {}  # of a block: how many, their head, the first of them
-    rows = [reads.rows + rows_of_head if number else reads.rows for number, reads in enumerate(heads)]
-    for number, reads in enumerate(heads):
-        for begin, count, k0 in reads.blocks:
-            readers.setdefault(k0, []).append((count, number, begin))
-    for k0, of_block in readers.items():
-        of_block.sort(reverse=True)
-        for done in range(0, of_block[0][0], most):
-            some = [
-                (min(count - done, most), number, begin + done) for count, number, begin in of_block if count > done
-            ]
-            shared = len(some) > 1 and 2 * some[1][0] >= some[0][0]
-            for part in [some] if shared else [[each] for each in some]:
-                of_heads = [rows[number][begin : begin + count] for count, number, begin in part]
-                yield Call(of_heads, [number for _, number, _ in part], k0)
-
-
 def reads_by_block(index: Tensor, start: Tensor, late: Tensor | None) -> Iterator[Reads]:
     """The readers of every key head's blocks, in order of key heads.
 
@@ -97,23 +64,10 @@ def reads_by_block(index: Tensor, start: Tensor, late: Tensor | None) -> Iterato
 def _readers(index: Tensor, blocks: int, late: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows in order of the blocks that they read, and how many read each ``[blocks]``; ``index [G, T, K - 1]``."""
     group, length, k = index.shape
-    compiled = library()
-    if compiled is None:
-        queries = torch.arange(group)[:, None] * length + (torch.arange(length) if late is None else late)
-        keys, order = (index if late is None else index[:, late]).flatten().int().sort(stable=True)
-        counts = torch.bincount(keys + 1, minlength=blocks + 1)  # -1 is an empty place
-        return queries.flatten()[order[counts[0] :].div_(k, rounding_mode="floor")], counts[1:]
-    if index.dtype not in (torch.int16, torch.int32):
-        index = index.int()
-    if index.stride()[1:] != (k, 1):
-        index = index.contiguous()
-    count = length if late is None else len(late)
-    rows, counts = torch.empty(group * count * k, dtype=torch.int64), torch.zeros(blocks, dtype=torch.int64)
-    compiled.moba_readers(
-        *(index.data_ptr(), index.element_size(), group, index.stride(0), length, k),
-        *(None if late is None else late.data_ptr(), count, blocks, counts.data_ptr(), rows.data_ptr()),
-    )
-    return rows, counts
+    queries = torch.arange(group)[:, None] * length + (torch.arange(length) if late is None else late)
+    keys, order = (index if late is None else index[:, late]).flatten().int().sort(stable=True)
+    counts = torch.bincount(keys + 1, minlength=blocks + 1)  # -1 is an empty place
+    return queries.flatten()[order[counts[0] :].div_(k, rounding_mode="floor")], counts[1:]
 
 
 def reads_all_before(index: Tensor, pos: Tensor, doc: Tensor | None, block_size: int) -> bool:

@@ -1,6 +1,6 @@
-"""Loops in C++ for what torch's operators do badly on a CPU. A C++ compiler makes them once, when they are first used.
+"""C++ for a CPU: attention, and the gate's choice. A C++ compiler makes it once, when it is first used.
 
-Whoever calls one has the same in torch's operators beside it, for machines without a compiler.
+Whoever calls it has the same in torch's operators beside it, for machines without a compiler.
 """
 
 from mobazoo.attention.native.build import compiler, library

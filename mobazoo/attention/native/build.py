@@ -1,4 +1,4 @@
-"""Compiles ``cpu.cpp`` for this processor, keeps the result, and loads it."""
+"""Compiles the C++ of this folder for this processor, keeps the result, and loads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 from contextlib import suppress
-from ctypes import CDLL, c_float, c_int64, c_void_p
+from ctypes import CDLL, c_int64, c_void_p
 from errno import EACCES
 from functools import cache
 from pathlib import Path
@@ -21,21 +21,21 @@ from mobazoo.errors import UnsupportedError
 
 log = logging.getLogger("mobazoo.attention")
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 
-# No relaxed arithmetic: infinities and what is no number keep their meaning.
-_OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
+# Products may be added without rounding between. No other arithmetic is relaxed: infinities and what is no number keep
+# their meaning.
+_OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
 _THIS_PROCESSOR = "-march=native"  # which not every compiler knows on every processor
 _LONGEST = 120  # seconds
 _POSIX = os.name == "posix"
 _P, _I = c_void_p, c_int64
+# Arguments and result of each function.
 _SIGNATURES = {
-    "moba_choose": (_P, _I, _I, _I, _I, _P, _P, _I, _I, _P, _I, _I),
-    "moba_readers": (_P, _I, _I, _I, _I, _I, _P, _I, _I, _P, _P),
-    "moba_gather": (_P, _P, _I, _I, _P, _I),
-    "moba_fold": (_P, _P, _P, _I, _I, _P, _P, _I),
-    "moba_add": (_P, _P, _I, _I, _P, c_float),
-    "moba_add_bfloat16": (_P, _P, _I, _I, _P, c_float),
+    "moba_choose": ((_P, _I, _I, _I, _I, _P, _P, _I, _I, _P, _I, _I), None),
+    "moba_forward": ((_P, _I), _I),
+    "moba_backward": ((_P, _I), _I),
 }
 _LOCK = Lock()
 
@@ -46,9 +46,9 @@ def compiler() -> str:
 
 
 def library() -> CDLL | None:
-    """The functions of ``cpu.cpp``; None, said once in the log, where they cannot be had.
+    """The compiled functions; None, said once in the log, where they cannot be had.
 
-    The first call on a machine compiles them, which takes a second or two. Other Python threads run while one of them
+    The first call on a machine compiles them, which takes some ten seconds. Other Python threads run while one of them
     does.
     """
     with _LOCK:
@@ -62,16 +62,16 @@ def _library() -> CDLL | None:
     except (OSError, UnsupportedError) as error:
         log.warning("attention on a CPU is slower than it could be: %s", error)
         return None
-    for name, types in _SIGNATURES.items():
+    for name, (takes, gives) in _SIGNATURES.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype = takes, gives
     return loaded
 
 
 def _load() -> CDLL:
     """From the user's cache, or compiled into it."""
     if not _POSIX:
-        raise UnsupportedError(f"its loops in C++ are for Linux and macOS, this is {platform.system()}")
+        raise UnsupportedError(f"its code in C++ is for Linux and macOS, this is {platform.system()}")
     name = f"cpu-{_digest()}.so"
     kept: Path | None = None
     try:
@@ -105,7 +105,7 @@ def _cache() -> Path:
 
 def _digest() -> str:
     """Of all that the compiled code depends on."""
-    said = "\n".join((SOURCE.read_text("utf-8"), *_OPTIONS, compiler(), _processor()))
+    said = "\n".join((*(each.read_text("utf-8") for each in (*SOURCES, *HEADERS)), *_OPTIONS, compiler(), _processor()))
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
@@ -125,7 +125,7 @@ def _compile(place: Path) -> None:
     command, failed = shlex.split(compiler()), ""
     log.info("compiling code for attention on this CPU by %s", compiler())
     for option in ([_THIS_PROCESSOR], []):
-        call = [*command, *_OPTIONS, *option, "-o", str(place), str(SOURCE)]
+        call = [*command, *_OPTIONS, *option, "-o", str(place), *map(str, SOURCES)]
         try:
             subprocess.run(call, check=True, capture_output=True, text=True, timeout=_LONGEST)
         except (FileNotFoundError, PermissionError, IndexError):

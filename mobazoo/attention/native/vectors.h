@@ -1,0 +1,170 @@
+// Vectors as wide as the processor takes at once, in the words of GCC and clang: no instruction is named but where a
+// vector's only other form is a loop over its numbers.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace moba {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
+constexpr float HIGHEST = std::numeric_limits<float>::max();
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr int64_t CACHE_LINE = 64;
+
+inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+template <class Vector = Floats>
+inline Vector load(const void *from) {
+  Vector x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <class Vector>
+inline void store(void *to, Vector x) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+// `count` numbers of 32 bits, a multiple of LANES.
+inline void copy(const void *from, int64_t count, void *to) {
+  const float *source = static_cast<const float *>(from);
+  float *target = static_cast<float *>(to);
+  for (int64_t i = 0; i < count; i += LANES) store(target + i, load(source + i));
+}
+
+inline void expect(const void *row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += CACHE_LINE) __builtin_prefetch(static_cast<const char *>(row) + at);
+}
+
+inline bool any(Ints yes) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)yes, (__m512i)yes);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps((__m256)yes);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)yes);
+#elif defined(__ARM_NEON)
+  return vaddvq_s32((int32x4_t)yes) != 0;
+#else
+  return true;  // to find out would cost more than it saves
+#endif
+}
+
+template <int H, std::size_t... I>
+inline Floats swapped(Floats x, std::index_sequence<I...>) {
+  return __builtin_shufflevector(x, x, (I ^ H)...);
+}
+
+// The larger of two, or the second where one is no number.
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float largest_of(Floats x) {
+  constexpr auto all = std::make_index_sequence<LANES>();
+  if constexpr (LANES > 8) x = larger(swapped<8>(x, all), x);
+  if constexpr (LANES > 4) x = larger(swapped<4>(x, all), x);
+  x = larger(swapped<2>(x, all), x);
+  x = larger(swapped<1>(x, all), x);
+  return x[0];
+}
+
+inline float sum_of(Floats x) {
+  constexpr auto all = std::make_index_sequence<LANES>();
+  if constexpr (LANES > 8) x += swapped<8>(x, all);
+  if constexpr (LANES > 4) x += swapped<4>(x, all);
+  x += swapped<2>(x, all);
+  x += swapped<1>(x, all);
+  return x[0];
+}
+
+// 2 ** x for x up to 0 and a little beyond; what is no number stays none. EXACT to the last bit or two, and 0 below -127;
+// else to 4e-6, as much as is left of it in bfloat16, at least 2 ** -125, and for numbers from products of bfloat16 only.
+template <bool EXACT>
+inline Floats exp2_of(Floats x) {
+  constexpr float ROUNDS = 12582912.0f;  // 1.5 * 2 ** 23: a float beside it has no fraction
+  x = larger(splat(EXACT ? -127.0f : -125.0f), x);
+  const Floats whole = x + ROUNDS, rest = x - (whole - ROUNDS);  // rest in -0.5 .. 0.5
+  // Taylor's coefficients log(2) ** n / n!, bent towards the smallest largest error.
+  Floats power;
+  if constexpr (EXACT) {
+    power = rest * 1.5353362e-4f + 1.3398874e-3f;
+    power = power * rest + 9.6184373e-3f;
+    power = power * rest + 5.5503324e-2f;
+    power = power * rest + 2.4022648e-1f;
+    power = power * rest + 6.9314720e-1f;
+  } else {
+    power = rest * 9.5828532e-03f + 5.5906426e-02f;
+    power = power * rest + 2.4024099e-01f;
+    power = power * rest + 6.9312419e-01f;
+  }
+  power = power * rest + 1.0f;
+  const Ints exponent = (Ints)whole << 23;
+  if constexpr (!EXACT) return (Floats)((Ints)power + exponent);  // 0.7 .. 1.5 has room below and above
+  return power * (Floats)(exponent + (127 << 23));
+}
+
+template <int H, bool SECOND, std::size_t... I>
+inline Ints mixed(Ints a, Ints b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (SECOND ? (I & H ? I + LANES : I + H) : (I & H ? I - H + LANES : I))...);
+}
+
+template <int H>
+inline void swap_corners(Ints *x) {
+  constexpr auto all = std::make_index_sequence<LANES>();
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) {
+    if (i & H) continue;
+    const Ints a = x[i], b = x[i + H];
+    x[i] = mixed<H, false>(a, b, all);
+    x[i + H] = mixed<H, true>(a, b, all);
+  }
+}
+
+// LANES rows of LANES words of 32 bits, whatever they hold: rows become columns.
+inline void transpose(Ints *x) {
+  if constexpr (LANES > 8) swap_corners<8>(x);
+  if constexpr (LANES > 4) swap_corners<4>(x);
+  swap_corners<2>(x);
+  swap_corners<1>(x);
+}
+
+// From `rows` rows of `words` words, `from_step` apart, to `words` rows of `rows`; words and rows are multiples of LANES.
+inline void transpose(const void *from, int64_t rows, int64_t words, int64_t from_step, void *to, int64_t to_step) {
+  const int32_t *source = static_cast<const int32_t *>(from);
+  int32_t *target = static_cast<int32_t *>(to);
+  for (int64_t r = 0; r < rows; r += LANES) {
+    for (int64_t w = 0; w < words; w += LANES) {
+      Ints x[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) x[i] = load<Ints>(source + (r + i) * from_step + w);
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) store(target + (w + i) * to_step + r, x[i]);
+    }
+  }
+}
+
+}  // namespace moba
