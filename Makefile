@@ -1,4 +1,4 @@
-# Everything on a fresh machine with Python >= 3.11 (and a C++ compiler, for flex and flash's loops on a CPU).
+# Everything on a fresh machine with Python >= 3.11 (and a C++ compiler, for flex and the fast path on a CPU).
 # `make test PY=python3` uses an environment of your own as it is and installs nothing.
 PYTHON ?= python3
 VENV ?= .venv

@@ -7,9 +7,7 @@ that a machine whose speed drifts does not favour either.
 
 from __future__ import annotations
 
-import cProfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
@@ -22,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mobazoo.attention import Full, MoBA, Pattern, Routes, Segments, attend, centroids, route
 from mobazoo.attention.auto import choose
-from mobazoo.attention.kernels import cpu
+from mobazoo.attention.kernels import cpu, cpu_compiled
 from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.problem import Problem
 from mobazoo.bench.ratios import Bound, Verdict, ratios, speedup
@@ -210,8 +208,7 @@ def _backend_of(case: Case, pattern: Pattern) -> str:
 def stages(case: Case) -> dict[str, float]:
     """Where one of the threads spends a forward of the CPU flash path, in seconds by stage.
 
-    A thread has whole key heads to itself, so that this runs one key head on one thread: its parts by Python's
-    profiler, and the gate alone.
+    This runs one key head on one thread: the gate alone, and the rest by the compiled code's own clock.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -230,18 +227,13 @@ def _stages(case: Case) -> dict[str, float]:
         return route(q, centroids(k, pattern.block_size, segments), pattern, segments)
 
     layout = Layout.of(segments, gate(), 0)
-    cpu.forward(q, k, v, layout, scale)
     took = {"gate": min(seconds(gate) for _ in range(3))}
-    profile = cProfile.Profile()
-    profile.runcall(cpu.forward, q, k, v, layout, scale)
-    spent: dict[str, float] = defaultdict(float)  # by function, what it calls included
-    for entry in profile.getstats():
-        spent[getattr(entry.code, "co_name", "")] += entry.totaltime
-    took |= {"own blocks": spent["own_forward"], "sort": spent["reads_by_block"]}
-    took |= {"gather": spent["gather"], "merge": spent["fold"]}
-    took["routed kernel"] = spent["_routed_forward"] - spent["gather"] - spent["fold"]
-    took["the rest"] = spent["forward"] - sum(took.values()) + took["gate"]
-    return took
+    cpu.forward(q, k, v, layout, scale)
+    if not cpu_compiled.serves(case.torch_dtype()):
+        return took | {"attention": seconds(lambda: cpu.forward(q, k, v, layout, scale))}
+    spent = torch.zeros(len(cpu_compiled.STAGES), dtype=torch.float64)
+    cpu_compiled.forward(q, k, v, layout, scale, spent)
+    return took | dict(zip(cpu_compiled.STAGES, spent.tolist(), strict=True))
 
 
 def suite_growth() -> Iterator[Case]:

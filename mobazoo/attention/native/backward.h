@@ -118,15 +118,17 @@ class Backward {
       Row first(some, i, at, given);
       Row second(some, A::PAIR == 1 ? full : i + 1, at, given);
       Word *weights = weights_ + i / A::PAIR * STEP, *pairs = pairs_ + i / A::PAIR * STEP;
-      for (int64_t j = 0; j < columns; j += LANES) {
-        Floats weight, slope, weight2 = {}, slope2 = {};
-        evaluate(first, i, j, weight, slope);
-        if constexpr (A::PAIR > 1) evaluate(second, i + 1, j, weight2, slope2);
-        put_pairs(weight, weight2, j, weights);
-        put_pairs(slope, slope2, j, pairs);
+      for (int64_t j = 0; j < columns; j += 2 * LANES) {
+        Floats weight[2][2] = {}, slope[2][2] = {};  // of two rows, and of twice LANES keys
+        for (int half = 0; half < 2; half++) {
+          evaluate(first, i, j + half * LANES, weight[0][half], slope[0][half]);
+          if constexpr (A::PAIR > 1) evaluate(second, i + 1, j + half * LANES, weight[1][half], slope[1][half]);
+          put_pairs(weight[0][half], weight[1][half], j + half * LANES, weights);
+          put_pairs(slope[0][half], slope[1][half], j + half * LANES, pairs);
+        }
         if constexpr (A::PAIR > 1) {
-          put_numbers(slope, j, rows_ + i * STEP);
-          put_numbers(slope2, j, rows_ + (i + 1) * STEP);
+          put_numbers(slope[0][0], slope[0][1], j, rows_ + i * STEP);
+          put_numbers(slope[1][0], slope[1][1], j, rows_ + (i + 1) * STEP);
         }
       }
     }
@@ -144,7 +146,7 @@ class Backward {
     }
   };
 
-  void evaluate(const Row &row, int64_t i, int64_t j, Floats &weight, Floats &slope) const {
+  MOBA_INLINE void evaluate(const Row &row, int64_t i, int64_t j, Floats &weight, Floats &slope) const {
     if (j >= row.seen) {
       weight = slope = Floats{};
       return;

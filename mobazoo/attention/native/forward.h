@@ -82,11 +82,11 @@ class Forward {
     float shrink[A::ROWS + LANES];
     for (int64_t i = 0; i < some.count; i++) {
       const float *scores = scores_ + i * STEP;
-      const int64_t seen = some.seen[i] - at;
+      const int64_t seen = std::min(some.seen[i] - at, columns);
       Floats most = splat(-INFINITE);
       int64_t j = 0;
-      for (; j + LANES <= seen && j < columns; j += LANES) most = larger(load(scores + j), most);
-      if (j < columns && j < seen) most = larger(visible(load(scores + j), seen - j, -INFINITE), most);
+      for (; j + LANES <= seen; j += LANES) most = larger(load(scores + j), most);
+      if (j < seen) most = larger(visible(load(scores + j), seen - j, -INFINITE), most);
       shrink[i] = top[i];
       top[i] = std::max(top[i], largest_of(most) * scale_);
     }
@@ -97,23 +97,26 @@ class Forward {
     for (int64_t i = 0; i < some.count; i++) {
       const float *scores = scores_ + i * STEP;
       Word *weights = weights_ + i * STEP;
-      const int64_t seen = some.seen[i] - at;
-      const float base = top[i] == -INFINITE ? 0.0f : top[i];
-      Floats sum = {};
+      const int64_t seen = std::min(some.seen[i] - at, columns);
+      const Floats base = splat(top[i] == -INFINITE ? 0.0f : top[i]);
+      const auto weight = [&](int64_t j) __attribute__((always_inline)) {
+        return exp2_of<A::EXACT>(load(scores + j) * scale_ - base);
+      };
+      Floats sum = {}, more = {};
       int64_t j = 0;
-      for (; j + LANES <= seen && j < columns; j += LANES) {
-        const Floats weight = exp2_of<A::EXACT>(load(scores + j) * scale_ - base);
-        sum += weight;
-        put_numbers(weight, j, weights);
+      for (; j + 2 * LANES <= seen; j += 2 * LANES) {
+        const Floats first = weight(j), second = weight(j + LANES);
+        sum += first;
+        more += second;
+        put_numbers(first, second, j, weights);
       }
-      if (j < columns && j < seen) {
-        const Floats weight = visible(exp2_of<A::EXACT>(load(scores + j) * scale_ - base), seen - j, 0.0f);
-        sum += weight;
-        put_numbers(weight, j, weights);
-        j += LANES;
+      for (; j < columns; j += 2 * LANES) {
+        const Floats first = visible(weight(j), seen - j, 0.0f), second = visible(weight(j + LANES), seen - j - LANES, 0.0f);
+        sum += first;
+        more += second;
+        put_numbers(first, second, j, weights);
       }
-      for (; j < columns; j += LANES) put_numbers(Floats{}, j, weights);
-      total[i] = total[i] * shrink[i] + sum_of(sum);
+      total[i] = total[i] * shrink[i] + sum_of(sum + more);
       float *sums = sums_ + i * width_.numbers;
       for (int64_t d = 0; d < width_.numbers; d += LANES) store(sums + d, load(sums + d) * shrink[i]);
     }

@@ -62,21 +62,25 @@ inline void put_paired(const int32_t *rows, int64_t count, int64_t words, int64_
   for (int64_t i = 0; i < count; i += 2) pair_rows(rows + i * words, rows + (i + 1) * words, numbers, to + i / 2 * numbers);
 }
 
-// Float32 numbers as words of a row, `count` a multiple of LANES.
-inline void put_numbers(Floats x, int64_t at, float *row) { store(row + at, x); }
+// 2 * LANES numbers as words of a row, from number `at` on.
+MOBA_INLINE void put_numbers(Floats first, Floats second, int64_t at, float *row) {
+  store(row + at, first);
+  store(row + at + LANES, second);
+}
 #ifdef MOBA_PAIRS
-inline void put_numbers(Floats x, int64_t at, int32_t *row) {
-  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
-  std::memcpy(reinterpret_cast<uint16_t *>(row) + at, &narrow, sizeof narrow);
+MOBA_INLINE void put_numbers(Floats first, Floats second, int64_t at, int32_t *row) {
+  store(row + at / 2, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 }
 #endif
 
 // The same numbers of two rows, side by side.
-inline void put_pairs(Floats first, Floats, int64_t at, float *row) { store(row + at, first); }
+MOBA_INLINE void put_pairs(Floats first, Floats, int64_t at, float *row) { store(row + at, first); }
 #ifdef MOBA_PAIRS
-inline void put_pairs(Floats first, Floats second, int64_t at, int32_t *row) {
-  const Ints both = bfloat16_of(first) | bfloat16_of(second) << 16;
-  store(row + at, both);
+MOBA_INLINE void put_pairs(Floats first, Floats second, int64_t at, int32_t *row) {
+  typedef int16_t Halves __attribute__((vector_size(64)));
+  const Halves both = (Halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  store(row + at, __builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25,
+                                          10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
 }
 #endif
 
@@ -135,7 +139,7 @@ inline int64_t widest(const Readers &some, int64_t at) {
 }
 
 // The first `seen` numbers of `x`, and `other` in the place of the rest.
-inline Floats visible(Floats x, int64_t seen, float other) {
+MOBA_INLINE Floats visible(Floats x, int64_t seen, float other) {
   Ints number = {};
   for (int i = 0; i < LANES; i++) number[i] = i;
   return number < static_cast<int32_t>(seen) ? x : splat(other);

@@ -19,16 +19,15 @@ inline float wide(Bfloat16 x) {
   return y;
 }
 
-// Rounded to the nearest, to even between two; what is no number stays none.
-inline Ints bfloat16_of(Floats x) {
-  const Ints bits = (Ints)x;
-  const Ints low = (bits >> 16) & 1;
-  return x == x ? ((bits + 0x7fff + low) >> 16) & 0xffff : Ints{} + 0x7fc0;
-}
-
 inline void narrow(float x, float &y) { y = x; }
 
-inline void narrow(float x, Bfloat16 &y) { y.bits = static_cast<uint16_t>(bfloat16_of(splat(x))[0]); }
+// Rounded to the nearest, to even between two; what is no number stays none.
+inline void narrow(float x, Bfloat16 &y) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  y.bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
 
 // float32 as it is.
 struct Single {

@@ -15,6 +15,9 @@
 #include <arm_neon.h>
 #endif
 
+// Compilers count instructions, and do not know which of them run a million times.
+#define MOBA_INLINE inline __attribute__((always_inline))
+
 namespace moba {
 
 #if defined(__AVX512F__)
@@ -36,27 +39,27 @@ constexpr int64_t CACHE_LINE = 64;
 inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 template <class Vector = Floats>
-inline Vector load(const void *from) {
+MOBA_INLINE Vector load(const void *from) {
   Vector x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
 
 template <class Vector>
-inline void store(void *to, Vector x) {
+MOBA_INLINE void store(void *to, Vector x) {
   std::memcpy(to, &x, sizeof x);
 }
 
-inline Floats splat(float x) { return x - Floats{}; }
+MOBA_INLINE Floats splat(float x) { return x - Floats{}; }
 
 // `count` numbers of 32 bits, a multiple of LANES.
-inline void copy(const void *from, int64_t count, void *to) {
+MOBA_INLINE void copy(const void *from, int64_t count, void *to) {
   const float *source = static_cast<const float *>(from);
   float *target = static_cast<float *>(to);
   for (int64_t i = 0; i < count; i += LANES) store(target + i, load(source + i));
 }
 
-inline void expect(const void *row, int64_t bytes) {
+MOBA_INLINE void expect(const void *row, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += CACHE_LINE) __builtin_prefetch(static_cast<const char *>(row) + at);
 }
 
@@ -75,14 +78,22 @@ inline bool any(Ints yes) {
 }
 
 template <int H, std::size_t... I>
-inline Floats swapped(Floats x, std::index_sequence<I...>) {
+MOBA_INLINE Floats swapped(Floats x, std::index_sequence<I...>) {
   return __builtin_shufflevector(x, x, (I ^ H)...);
 }
 
 // The larger of two, or the second where one is no number.
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+MOBA_INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)  // where compilers take two instructions for what one does
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
-inline float largest_of(Floats x) {
+MOBA_INLINE float largest_of(Floats x) {
   constexpr auto all = std::make_index_sequence<LANES>();
   if constexpr (LANES > 8) x = larger(swapped<8>(x, all), x);
   if constexpr (LANES > 4) x = larger(swapped<4>(x, all), x);
@@ -91,7 +102,7 @@ inline float largest_of(Floats x) {
   return x[0];
 }
 
-inline float sum_of(Floats x) {
+MOBA_INLINE float sum_of(Floats x) {
   constexpr auto all = std::make_index_sequence<LANES>();
   if constexpr (LANES > 8) x += swapped<8>(x, all);
   if constexpr (LANES > 4) x += swapped<4>(x, all);
@@ -103,7 +114,7 @@ inline float sum_of(Floats x) {
 // 2 ** x for x up to 0 and a little beyond; what is no number stays none. EXACT to the last bit or two, and 0 below -127;
 // else to 4e-6, as much as is left of it in bfloat16, at least 2 ** -125, and for numbers from products of bfloat16 only.
 template <bool EXACT>
-inline Floats exp2_of(Floats x) {
+MOBA_INLINE Floats exp2_of(Floats x) {
   constexpr float ROUNDS = 12582912.0f;  // 1.5 * 2 ** 23: a float beside it has no fraction
   x = larger(splat(EXACT ? -127.0f : -125.0f), x);
   const Floats whole = x + ROUNDS, rest = x - (whole - ROUNDS);  // rest in -0.5 .. 0.5
@@ -127,12 +138,12 @@ inline Floats exp2_of(Floats x) {
 }
 
 template <int H, bool SECOND, std::size_t... I>
-inline Ints mixed(Ints a, Ints b, std::index_sequence<I...>) {
+MOBA_INLINE Ints mixed(Ints a, Ints b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, (SECOND ? (I & H ? I + LANES : I + H) : (I & H ? I - H + LANES : I))...);
 }
 
 template <int H>
-inline void swap_corners(Ints *x) {
+MOBA_INLINE void swap_corners(Ints *x) {
   constexpr auto all = std::make_index_sequence<LANES>();
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) {
@@ -144,7 +155,7 @@ inline void swap_corners(Ints *x) {
 }
 
 // LANES rows of LANES words of 32 bits, whatever they hold: rows become columns.
-inline void transpose(Ints *x) {
+MOBA_INLINE void transpose(Ints *x) {
   if constexpr (LANES > 8) swap_corners<8>(x);
   if constexpr (LANES > 4) swap_corners<4>(x);
   swap_corners<2>(x);
