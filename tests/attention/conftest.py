@@ -23,9 +23,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(2)
 
 
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by torch's operators, as on a machine without a compiler."""
+    monkeypatch.setattr(build, "_library", lambda: None)
+
+
 @pytest.fixture(params=["compiled", "torch"])
 def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """CPU code with our compiled loops, and with torch's operators as on a machine without a compiler."""
+    """CPU code as we compile it, and with torch's operators as on a machine without a compiler."""
     if request.param == "torch":
         monkeypatch.setattr(build, "_library", lambda: None)
     elif library() is None:

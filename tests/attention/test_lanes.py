@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mobazoo.attention import MoBA, attend, routing
-from mobazoo.attention.kernels import cpu
+from mobazoo.attention.kernels import cpu_torch
 from mobazoo.attention.lanes import Piece, Shares, count, share, spread
 from tests.attention.parity.cases import SPARSE
 from tests.factories import chosen_by, gate_routes, inputs, oracle, random_routes, run, spy
@@ -32,10 +32,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No problem is too small for threads of ours."""
+def shared(by_torch: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No problem is too small for threads of ours, and attention is the schedule that takes them."""
     for name in ("_FORWARD_LEAST", "_BACKWARD_LEAST"):
-        monkeypatch.setattr(cpu, name, 1)
+        monkeypatch.setattr(cpu_torch, name, 1)
     monkeypatch.setattr(routing, "LEAST_QUERIES", 1)
 
 
@@ -64,7 +64,7 @@ def test_pieces_hold_every_query_once_and_share_evenly(shape: tuple[int, int, in
 def test_is_right_in_pieces(name: str, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = SPARSE[name]
     data, (routes, chosen) = inputs(case, dtype), random_routes(case)
-    ran = spy(monkeypatch, cpu, "spread", lambda given, _: len(given[1].pieces))
+    ran = spy(monkeypatch, cpu_torch, "spread", lambda given, _: len(given[1].pieces))
     reference = run(case, data, "reference", routes=routes, grad=True)
     check(run(case, data, "flash", routes=routes, grad=True), oracle(case, data, chosen), reference, "flash")
     assert len(ran) == 2
@@ -144,13 +144,13 @@ def test_threads_beyond_16_are_shared_out(
     data, (routes, _) = inputs(case), random_routes(case)
     before = torch.get_num_threads()
     seen: dict[int, int] = {}
-    kernel = cpu._forward
+    kernel = cpu_torch._forward
 
     def noted(*given: Any) -> None:
         seen[get_ident()] = torch.get_num_threads()
         kernel(*given)
 
-    monkeypatch.setattr(cpu, "_forward", noted)
+    monkeypatch.setattr(cpu_torch, "_forward", noted)
     torch.set_num_threads(1)
     alone = run(case, data, "flash", routes=routes, grad=True)
     seen.clear()

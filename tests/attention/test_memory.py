@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from mobazoo.attention.native import library
 from tests.memory import GIB, MIB, OVERHEAD, Peak
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
@@ -55,39 +56,70 @@ def work():
         assert used < all_scores / 2
 
 
+# All scores would be 16 GiB, scores of read keys 1.5 GiB.
+TOKENS, HQ, HKV, DIM, BLOCK, TOP_K = 32 << 10, 4, 2, 64, 256, 3
+ROUTES = HQ * TOKENS * (TOP_K - 1) * 2  # int16
+
+
+def flash_code(dtype: str, grad: bool) -> str:
+    return f"""
+small(pattern=MoBA(16, 3), backend="flash")
+q = torch.randn(1, {HQ}, {TOKENS}, {DIM}, dtype=torch.{dtype}, requires_grad={grad})
+k, v = (torch.randn(1, {HKV}, {TOKENS}, {DIM}, dtype=torch.{dtype}, requires_grad={grad}) for _ in range(2))
+dout = torch.randn_like(q)
+def work():
+    out = attend(q, k, v, pattern=MoBA({BLOCK}, {TOP_K}), backend="flash")
+    return (out, torch.autograd.grad(out, (q, k, v), dout)) if {grad} else out
+"""
+
+
+def flash_result(dtype: str, grad: bool) -> int:
+    """Bytes of output, log-sum-exp and gradients."""
+    size = 4 if dtype == "float32" else 2
+    return HQ * TOKENS * (DIM * size + 4) + (HQ + 2 * HKV) * TOKENS * DIM * size * grad
+
+
+@pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_flash(dtype: str, grad: bool, peak: Peak) -> None:
-    """Beyond the result: wide copies of one key head's queries, output and gradients, and ``_TOKENS_PER_CALL`` rows.
+    """Beyond results and routes, what cpu_compiled.py says that each of two threads holds, and what the gate held.
 
-    32K tokens, 4 query and 2 key heads, D 64: all scores would be 16 GiB, scores of read keys 1.5 GiB.
+    - Forward: 8192 query rows (``MOST``), each with q, sums and two floats.
+    - Backward: 16384 rows (``MOST_BACK``), each with q, dout, dq and two floats; sums of one key head's dk and dv.
+    - 512 keys and values as given, as rows and as columns, and in the backward their gradients: 8 arrays of 512 rows,
+      as columns 4 times 144. A tile has 64 queries at most, in 6 copies, and 5 arrays of 144 scores for each.
+    - Who reads which block, sorted, and own blocks' readers: an int32 for each entry and two for each row.
+
+    All in float32, which bfloat16 is where the processor multiplies no other; else two of its numbers are a word. The
+    gate before it has left to the heap what ``test_gate`` allows it.
     """
-    tokens, hq, hkv, dim, block, top_k = 32 << 10, 4, 2, 64, 256, 3
-    code = f"""
-small(pattern=MoBA(16, 3), backend="flash")
-q = torch.randn(1, {hq}, {tokens}, {dim}, dtype=torch.{dtype}, requires_grad={grad})
-k, v = (torch.randn(1, {hkv}, {tokens}, {dim}, dtype=torch.{dtype}, requires_grad={grad}) for _ in range(2))
-dout = torch.randn_like(q)
-def work():
-    out = attend(q, k, v, pattern=MoBA({block}, {top_k}), backend="flash")
-    return (out, torch.autograd.grad(out, (q, k, v), dout)) if {grad} else out
-"""
-    size = 4 if dtype == "float32" else 2
-    group = hq // hkv
-    rows = group * tokens * dim
-    result = hq * tokens * (dim * size + 4)
-    # Routes as int16, and one key head's sorted int64 entries and rows.
-    routes = hq * tokens * (top_k - 1) * 2 + 6 * group * tokens * (top_k - 1) * 8
+    rows, row = (16384, 3 * DIM * 4 + 8) if grad else (8192, 2 * DIM * 4 + 8)
+    readers = rows * (TOP_K - 1 + 2) * 4
+    laid = 8 * 4 * 144 * DIM * 4 + 64 * (6 * DIM + 5 * 144) * 4
+    thread = rows * row + readers + laid + 2 * TOKENS * DIM * 4 * grad
+    gate = 12 * 8 * TOKENS + 8 * 3 * MIB + HKV * TOKENS // BLOCK * DIM * 4
+    used = peak(flash_code(dtype, grad))
+    assert used < flash_result(dtype, grad) + ROUTES + 2 * thread + gate
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flash_by_torch(dtype: str, grad: bool, peak: Peak) -> None:
+    """Beyond the result: wide copies of one key head's queries, output and gradients, and ``TOKENS_PER_CALL`` rows."""
+    group = HQ // HKV
+    rows = group * TOKENS * DIM
+    routes = ROUTES + 6 * group * TOKENS * (TOP_K - 1) * 8  # and one key head's sorted int64 entries and rows
     working = 4 * rows * 4  # q, out in the dtype and wide
-    calls = 8 * 8192 * dim * 4 * 2
+    calls = 8 * 8192 * DIM * 4 * 2
     if grad:
-        result += (hq + 2 * hkv) * tokens * dim * size
-        working += 6 * rows * 4 + 4 * tokens * dim * 4  # dout, q, out, dq and their contiguous pieces; dk, dv
+        working += 6 * rows * 4 + 4 * TOKENS * DIM * 4  # dout, q, out, dq and their contiguous pieces; dk, dv
     if dtype == "bfloat16":
         working *= 2  # the kernel's own wide buffers come and go in sizes that the heap keeps
-    used = peak(code)
-    assert used < result + routes + working + calls + OVERHEAD
-    assert used < tokens * tokens  # one byte a pair of one head
+    without = "from mobazoo.attention.native import build\nbuild._library = lambda: None\n"
+    used = peak(without + flash_code(dtype, grad))
+    assert used < flash_result(dtype, grad) + routes + working + calls + OVERHEAD
+    assert used < TOKENS * TOKENS  # one byte a pair of one head
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])

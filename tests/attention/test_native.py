@@ -1,9 +1,10 @@
-"""Compiled loops: the same as torch's operators, compiled once, and plain words where nothing can be compiled."""
+"""Compiled code: what attention runs, compiled once, and plain words where nothing can be compiled."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -13,133 +14,100 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobazoo.attention.kernels import cpu_masked
-from mobazoo.attention.kernels.cpu_rows import add, fold, gather
+from mobazoo.attention.kernels import cpu_compiled
 from mobazoo.attention.native import build, library
 from tests.attention.parity.cases import SPARSE
-from tests.factories import inputs, oracle, random_routes, run
+from tests.factories import Case, inputs, oracle, random_routes, run
 from tests.tolerance import check
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
-ROWS = torch.tensor([0, 3, 4, 17, 29, 30, 31, 45, 46, 60, 61, 62, 63, 64, 99])
+SMALL = SPARSE["b7k3"]
 
 
-@pytest.mark.usefixtures("loops")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("dim", [1, 7, 64, 67])
-def test_gather(dtype: torch.dtype, dim: int) -> None:
-    source = torch.randn(100, dim).to(dtype)
-    for rows in (ROWS, ROWS[:1], ROWS[:0]):
-        assert torch.equal(gather(source, rows), source[rows])
-        filled = gather(source, rows, 5)
-        assert torch.equal(filled[: len(rows)], source[rows])
-        assert torch.equal(filled[len(rows) :], torch.zeros(5, dim, dtype=dtype))
-
-
-@pytest.mark.usefixtures("loops")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("dim", [1, 7, 64])
-def test_fold_merges_softmaxes(dtype: torch.dtype, dim: int) -> None:
-    """Against float64: equal weights, one that is next to nothing, keys that nobody reads."""
-    torch.manual_seed(dim)
-    out, lse = torch.randn(100, dim, dtype=dtype), torch.randn(100, dtype=dtype) * 5
-    part, part_lse = torch.randn(len(ROWS), dim, dtype=dtype), torch.randn(len(ROWS), dtype=dtype) * 5
-    part_lse[0], part_lse[1], part_lse[2], part_lse[3] = lse[ROWS[0]], 1e4, -1e4, -torch.inf
-    want, want_lse = out.double(), lse.double()
-    both = torch.stack([want_lse[ROWS], part_lse.double()])
-    weights = both.softmax(0)[..., None]
-    want[ROWS] = weights[0] * want[ROWS] + weights[1] * part.double()
-    want_lse[ROWS] = both.logsumexp(0)
-    untouched = out[1].clone()
-    fold(out, lse, ROWS, part, part_lse)
-    torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-6)
-    assert torch.equal(out[1], untouched)
-
-
-@pytest.mark.usefixtures("loops")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-@pytest.mark.parametrize("dim", [1, 33, 64])
-def test_add(dtype: torch.dtype, scale: float, dim: int) -> None:
-    for sums in (torch.randn(100, dim), torch.randn(100, dim, dtype=torch.float64)):
-        part = torch.randn(dim, len(ROWS)).to(dtype).T  # not contiguous
-        want = sums.double()
-        want[ROWS] += scale * part.double()
-        add(sums, ROWS, part, scale)
-        torch.testing.assert_close(sums.double(), want, rtol=1e-6, atol=1e-6)
-
-
-@needs_compiler
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_rows_are_shared_among_torchs_threads(threads: int) -> None:
-    """More rows than one thread takes, which no number of threads divides, each done once and none beyond."""
-    rows = torch.randperm(5000, generator=torch.Generator().manual_seed(0))[:2003].sort().values
-    source, out, lse = torch.randn(5000, 16), torch.randn(5000, 16), torch.randn(5000)
-    part, part_lse = torch.randn(2003, 16), torch.randn(2003)
-    want, want_lse = out.clone(), lse.clone()
-    for some in torch.arange(2003).split(100):
-        fold(want, want_lse, rows[some], part[some], part_lse[some])  # too few for a second thread
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert torch.equal(gather(source, rows), source[rows])
-        fold(out, lse, rows, part, part_lse)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(out, want)
-    assert torch.equal(lse, want_lse)
-
-
-@needs_compiler
-def test_fewer_threads_than_torch_counts_on_do_all_of_the_work() -> None:
-    code = """
-import torch
-from mobazoo.attention.kernels.cpu_rows import gather
-torch.set_num_threads(4)
-source = torch.randn(5000, 16)
-rows = torch.arange(0, 5000, 2)
-assert torch.get_num_threads() == 4
-assert torch.equal(gather(source, rows), source[rows])
-"""
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_THREAD_LIMIT": "2"}, check=True, timeout=120)
-
-
-@pytest.mark.parametrize("name", ["b1k2", "b7k3", "b64k3", "b100k2", "chunk", "middle", "whole"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_flash_without_a_compiler(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_library", lambda: None)
-    case = SPARSE[name]
+def check_flash(case: Case, dtype: torch.dtype) -> None:
+    """Flash attention of a case and its gradients against the float64 oracle."""
     data, (routes, chosen) = inputs(case, dtype), random_routes(case)
     reference = run(case, data, "reference", routes=routes, grad=True)
     check(run(case, data, "flash", routes=routes, grad=True), oracle(case, data, chosen), reference, "flash")
 
 
 @needs_compiler
-def test_loops_are_what_attention_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the tests of "compiled" would be tests of nothing."""
+def test_fewer_threads_than_torch_counts_on_do_all_of_the_work() -> None:
+    """Output and gradients of four threads, of which two are allowed, are those of one."""
+    code = """
+import torch
+from mobazoo.attention import MoBA, attend
+def both(threads):
+    torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads
+    out = attend(q, q, q, pattern=MoBA(16, 3), backend="flash")
+    return out.detach(), *torch.autograd.grad(out.square().sum(), [q])
+q = torch.randn(1, 2, 4096, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+for many, one in zip(both(4), both(1)):
+    torch.testing.assert_close(many, one)
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_THREAD_LIMIT": "2"}, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["b1k2", "b7k3", "b64k3", "b100k2", "chunk", "middle", "whole"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.usefixtures("by_torch")
+def test_flash_without_a_compiler(name: str, dtype: torch.dtype) -> None:
+    check_flash(SPARSE[name], dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_loops_are_what_attention_runs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every function that is compiled, or the tests of "compiled" would be tests of nothing."""
+    called: set[str] = set()
 
     class Spy:
-        def __init__(self) -> None:
-            self.called: set[str] = set()
-
         def __getattr__(self, name: str) -> object:
-            self.called.add(name)
+            called.add(name)
             return getattr(library(), name)
 
-    spy = Spy()
-    for module in ("routing", "selection", "kernels.cpu_reads", "kernels.cpu_rows"):
-        monkeypatch.setattr(f"mobazoo.attention.{module}.library", lambda: spy)
-    monkeypatch.setattr(cpu_masked, "_pays", lambda *_: False)
-    case = SPARSE["b7k3"]
-    for dtype in (torch.float32, torch.bfloat16):
-        run(case, inputs(case, dtype), "flash", grad=True)
-    assert spy.called >= {"moba_choose", "moba_gather", "moba_fold", "moba_add"}
-    assert set(build._SIGNATURES) - spy.called <= {"moba_add_bfloat16"}  # only where a processor multiplies it
+    attention = [name for name in sys.modules if re.match(r"mobazoo\.attention\.(?!native)", name)]
+    for module in map(sys.modules.get, attention):
+        if getattr(module, "library", None) is library:
+            monkeypatch.setattr(module, "library", Spy)
+    run(SMALL, inputs(SMALL, dtype), "flash", grad=True)
+    assert called == set(build._SIGNATURES) >= {"moba_forward", "moba_backward"}
 
 
-# What follows compiles for itself, in a cache of its own.
+@needs_compiler
+def test_float64_is_not_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_compiled, "_run", None)
+    check_flash(SMALL, torch.float64)
+    with pytest.raises(TypeError, match="not callable"):
+        check_flash(SMALL, torch.float32)
+
+
+@pytest.mark.parametrize("of", ["SOURCES", "HEADERS"])
+def test_a_change_of_any_file_is_other_code(of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a header, which no compiler is given by name."""
+    files, before = getattr(build, of), build._digest()
+    assert files
+    for number, changed in enumerate(files):
+        copy = tmp_path / changed.name
+        copy.write_text(changed.read_text("utf-8") + "\n// changed\n", "utf-8")
+        monkeypatch.setattr(build, of, [*files[:number], copy, *files[number + 1 :]])
+        assert build._digest() != before
+    monkeypatch.setattr(build, of, files)
+    assert build._digest() == before
+
+
+def test_every_file_is_compiled_or_included() -> None:
+    """What is not among the files above could change without being compiled anew."""
+    folder = Path(build.__file__).parent
+    assert {*build.SOURCES, *build.HEADERS} == {each for each in folder.iterdir() if each.suffix in (".cpp", ".h")}
+    for each in (*build.SOURCES, *build.HEADERS):
+        included = re.findall(r'#include "(.*)"', each.read_text("utf-8"))
+        assert {folder / name for name in included} <= set(build.HEADERS)
+
+
+# What follows compiles for itself, in a cache of its own: once all of it, then functions of the same names.
 
 
 @pytest.fixture
@@ -148,6 +116,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     build._library.cache_clear()
     yield tmp_path / "mobazoo"
     build._library.cache_clear()
+
+
+@pytest.fixture
+def brief(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source that compiles in a moment; all of the library's takes some ten seconds."""
+    source = tmp_path / "brief.cpp"
+    source.write_text("".join(f'extern "C" void {name}() {{}}\n' for name in build._SIGNATURES))
+    monkeypatch.setattr(build, "SOURCES", [source])
+    return source
 
 
 def compiles(log: pytest.LogCaptureFixture) -> int:
@@ -167,6 +144,7 @@ def test_compiles_once_for_a_machine(cache: Path, caplog: pytest.LogCaptureFixtu
 
 
 @needs_compiler
+@pytest.mark.usefixtures("brief")
 def test_a_broken_file_is_compiled_anew(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mobazoo.attention")
     cache.mkdir()
@@ -179,6 +157,7 @@ def test_a_broken_file_is_compiled_anew(cache: Path, caplog: pytest.LogCaptureFi
 
 
 @needs_compiler
+@pytest.mark.usefixtures("brief")
 def test_other_source_processor_or_compiler_is_another_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library()
     monkeypatch.setattr(build, "_processor", lambda: "another one")
@@ -191,6 +170,7 @@ def test_other_source_processor_or_compiler_is_another_file(cache: Path, monkeyp
 
 
 @needs_compiler
+@pytest.mark.usefixtures("brief")
 def test_a_cache_that_takes_no_files(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mobazoo.attention")
     cache.write_text("a file where the folder should be")
@@ -201,6 +181,7 @@ def test_a_cache_that_takes_no_files(cache: Path, caplog: pytest.LogCaptureFixtu
 
 
 @needs_compiler
+@pytest.mark.usefixtures("brief")
 def test_nobody_is_at_home(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mobazoo.attention")
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -210,6 +191,7 @@ def test_nobody_is_at_home(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("brief")
 def test_code_is_not_loaded_from_where_others_may_write(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mobazoo.attention")
     cache.mkdir()
@@ -245,7 +227,7 @@ def test_says_why_nothing_was_compiled(
     (record,) = [each for each in caplog.records if each.levelno >= logging.WARNING]
     assert said.format(compiler) in record.message.replace("No such", "no such")
     assert "\n" not in record.message
-    assert torch.equal(gather(torch.ones(3, 2), torch.tensor([2])), torch.ones(1, 2))
+    check_flash(SMALL, torch.float32)
 
 
 def test_says_where_nothing_is_compiled(
@@ -253,14 +235,19 @@ def test_says_where_nothing_is_compiled(
 ) -> None:
     monkeypatch.setattr(build, "_POSIX", False)
     assert library() is None
-    assert "its loops in C++ are for Linux and macOS, this is " in caplog.text
+    assert "its code in C++ is for Linux and macOS, this is " in caplog.text
     assert not cache.exists()
 
 
 @needs_compiler
-def test_several_processes_at_once(cache: Path) -> None:
+def test_several_processes_at_once(cache: Path, brief: Path) -> None:
     """None loads what another has half written."""
-    code = "from mobazoo.attention.native import library; assert library() is not None"
+    code = f"""
+from pathlib import Path
+from mobazoo.attention.native import build, library
+build.SOURCES = [Path({str(brief)!r})]
+assert library() is not None
+"""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache.parent)}
     started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(4)]
     assert [process.wait(120) for process in started] == [0] * 4

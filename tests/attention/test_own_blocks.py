@@ -1,4 +1,4 @@
-"""Own blocks on a CPU: strips of queries, the kernel's own causal tiles, and pieces that began before the queries."""
+"""Own blocks by torch's operators: strips, the kernel's own causal tiles, and pieces that began before the queries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mobazoo.attention.kernels import cpu_masked, cpu_own
+from mobazoo.attention.kernels import cpu_own
 from mobazoo.attention.kernels.cpu_own import own_tiles, strip_mask
 from tests.factories import Case, inputs, oracle, random_routes, run
 from tests.tolerance import check
@@ -22,10 +22,12 @@ CASES = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("by_torch")
+
+
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def _threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread takes heads of a group together where two share a call; no document takes a mask."""
-    monkeypatch.setattr(cpu_masked, "_pays", lambda *_: False)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread takes heads of a group together where two share a call."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield

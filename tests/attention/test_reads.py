@@ -1,4 +1,4 @@
-"""Who reads which block on a CPU: every entry of the routes once, and calls for two key heads at a time."""
+"""Who reads which block on a CPU: every entry of the routes once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobazoo.attention.kernels import cpu, cpu_masked
-from mobazoo.attention.kernels.cpu_reads import Reads, calls, reads_by_block
+from mobazoo.attention.kernels import cpu_torch
+from mobazoo.attention.kernels.cpu_reads import Reads, reads_by_block
 from tests.factories import Case, inputs, oracle, random_routes, run, spy
 from tests.tolerance import check
 
@@ -36,7 +36,6 @@ def entries(index: Tensor, late: list[int]) -> Counter[tuple[int, int, int]]:
     )
 
 
-@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("late", [None, [3, 4, 9, 39]], ids=["all", "late"])
 @pytest.mark.parametrize("tokens", [40, 9000])
 @pytest.mark.parametrize("how", ["whole", "cut", "strided", "int32", "int64"])
@@ -65,37 +64,31 @@ def test_every_entry_is_read_once(tokens: int, late: list[int] | None, how: str)
 
 
 @pytest.mark.parametrize("most", [7, 1000])
-def test_two_key_heads_share_calls(most: int) -> None:
+def test_runs_are_short_and_hold_every_entry_once(most: int) -> None:
     index = some_index(2, 2, 40, 1)
-    index[0, :, :, 0][index[0, :, :, 0] == 2] = 3  # the first has far more readers of block 3
-    index[0, 0, 0] = 2  # and one of block 2
     seen: Counter[tuple[int, int, int]] = Counter()
-    pairs = 0
-    for call in calls(list(reads_by_block(index, START, None)), 80, most):
-        lengths = [len(rows) for rows in call.rows]
-        assert lengths == sorted(lengths, reverse=True)
-        assert 0 < min(lengths) <= max(lengths) <= most
-        if len(lengths) == 2:
-            pairs += 1
-            assert 0 < lengths[0] <= 2 * lengths[1]
-        for rows, head in zip(call.rows, call.heads, strict=True):
-            seen.update((head, row - 80 * head, call.k0) for row in rows.tolist())
+    longest = 0
+    for head, reads in enumerate(reads_by_block(index, START, None)):
+        for begin, count, k0 in reads.runs(most):
+            assert 0 < count <= most
+            longest = max(longest, count)
+            seen.update((head, row, k0) for row in reads.rows[begin : begin + count].tolist())
     assert seen == entries(index, list(range(40)))
-    assert pairs
-    assert list(calls([Reads.none()], 80, most)) == []
+    assert longest == 7 if most == 7 else longest > 7  # of some blocks there are more readers
+    assert list(Reads.none().runs(most)) == []
 
 
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("row", [(150,), (-30, 100, 20)], ids=str)
 @pytest.mark.parametrize("heads", [1, 2, 5])
-def test_key_heads_in_pairs_are_right(heads: int, row: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An odd one goes alone, and so does each where few fit together."""
+def test_key_heads_together_are_right(heads: int, row: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as fit into a call, the last ones fewer, and runs of readers cut where few fit."""
     case = Case((row,), 8, 4, 2 * heads, heads, 16)
-    monkeypatch.setattr(cpu_masked, "_pays", lambda *_: False)
-    together = spy(monkeypatch, cpu, "_routed_forward", lambda given, _: len(given[0]))
+    together = spy(monkeypatch, cpu_torch, "own_forward", lambda given, _: len(given[3]))
     data, (routes, chosen) = inputs(case), random_routes(case)
     reference, truth = run(case, data, "reference", routes=routes), oracle(case, data, chosen)
-    for most in (150, 450, 8192):
-        monkeypatch.setattr(cpu, "TOKENS_PER_CALL", most)
+    for most in (7, 150, 450, 8192):
+        monkeypatch.setattr(cpu_torch, "TOKENS_PER_CALL", most)
         together.clear()
         check(run(case, data, "flash", routes=routes), truth, reference, "flash")
-        assert max(together) == (1 if heads == 1 or most == 150 else 2)
+        assert max(together) == min(heads, max(1, most // 150))

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t MOST = 8192, LEAST = 512, PIECES = 4, MOST_BACK = 16384;
 
 int64_t tokens_of_piece(const Batch &batch) {
-  const int64_t parts = std::max<int64_t>(1, PIECES * batch.threads / (batch.batch * batch.heads));
+  const int64_t parts = std::max<int64_t>(1, PIECES * batch.threads / std::max<int64_t>(1, batch.batch * batch.heads));
   int64_t tokens = (batch.tokens + parts - 1) / parts;
   tokens = std::min(std::max(tokens, LEAST / batch.group), std::max<int64_t>(1, MOST / batch.group));
   if (batch.block_size && batch.block_size < tokens) tokens = tokens / batch.block_size * batch.block_size;
@@ -210,7 +210,7 @@ class BackwardWork {
 
 template <class A, class Element>
 void backward(const Batch &batch) {
-  const int64_t tokens = std::min(batch.tokens, std::max<int64_t>(1, MOST_BACK / batch.group / batch.parts));
+  const int64_t tokens = std::max<int64_t>(1, std::min(batch.tokens, MOST_BACK / batch.group / batch.parts));
   const Pieces pieces(batch, tokens);
   const int64_t heads = batch.batch * batch.heads, count = heads * batch.parts;
   Queue queue(count);

@@ -111,12 +111,11 @@ MOBA_INLINE float sum_of(Floats x) {
   return x[0];
 }
 
-// 2 ** x for x up to 0 and a little beyond; what is no number stays none. EXACT to the last bit or two, and 0 below -127;
-// else to 4e-6, as much as is left of it in bfloat16, at least 2 ** -125, and for numbers from products of bfloat16 only.
+// 2 ** x for x up to 0 and a little beyond, 0 below -125; what is no number stays none. EXACT to the last bit or two, else
+// to 4e-6, as much as is left of it in bfloat16, and for numbers that come from products of bfloat16 only.
 template <bool EXACT>
 MOBA_INLINE Floats exp2_of(Floats x) {
   constexpr float ROUNDS = 12582912.0f;  // 1.5 * 2 ** 23: a float beside it has no fraction
-  x = larger(splat(EXACT ? -127.0f : -125.0f), x);
   const Floats whole = x + ROUNDS, rest = x - (whole - ROUNDS);  // rest in -0.5 .. 0.5
   // Taylor's coefficients log(2) ** n / n!, bent towards the smallest largest error.
   Floats power;
@@ -133,8 +132,12 @@ MOBA_INLINE Floats exp2_of(Floats x) {
   }
   power = power * rest + 1.0f;
   const Ints exponent = (Ints)whole << 23;
-  if constexpr (!EXACT) return (Floats)((Ints)power + exponent);  // 0.7 .. 1.5 has room below and above
-  return power * (Floats)(exponent + (127 << 23));
+  if constexpr (EXACT) {
+    power *= (Floats)(exponent + (127 << 23));
+  } else {
+    power = (Floats)((Ints)power + exponent);  // 0.7 .. 1.5 has room below and above
+  }
+  return x < -125.0f ? Floats{} : power;
 }
 
 template <int H, bool SECOND, std::size_t... I>
