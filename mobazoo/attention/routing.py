@@ -41,8 +41,7 @@ class _Room(NamedTuple):
         """The room there is on a device, on a CPU for the calling thread's share of cores."""
         if device.type != "cpu":
             return cls(256 << 20, 16)
-        threads = min(torch.get_num_threads(), 32)
-        return cls(threads << 21, 4) if library() else cls(threads << 23, 16)
+        return cls(min(torch.get_num_threads(), 32) << 23, 16)
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,8 @@ def route_by(
     check_by("route", by, q.device, q.dtype, q.shape[3], pattern.top_k - 1)
     slot = query_slots(segments, q.shape[2], q_start)
     if segments.whole:  # blocks lie end to end
-        stop = (slot // pattern.block_size).expand(segments.batch, -1).contiguous()
-        first = torch.zeros_like(stop)
+        stop = (slot // pattern.block_size).expand(segments.batch, -1)
+        first = slot.new_zeros(1, 1).expand_as(stop)
     else:
         first, stop = _candidates(slot, centroids.start, pattern.block_size, segments)
     index = torch.ops.mobazoo.gate(q.detach(), centroids.mean.detach(), first, stop, pattern.top_k - 1, by)
@@ -149,6 +148,10 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str 
     if by == TRITON and batch * hq * length * n * k:
         index = torch.empty(batch, hq, length, k, dtype=_index_dtype(n), device=q.device)
         import_module("mobazoo.attention.kernels.triton_route").choose(q, mean, first, stop, index)
+        return index
+    if q.device.type == "cpu" and library() is not None:
+        index = torch.empty(batch, hq, length, k, dtype=_index_dtype(n))
+        import_module("mobazoo.attention.kernels.cpu_gate").choose(q, mean, first, stop, index)
         return index
     # Whoever may read k blocks or fewer reads them all, the most recent first; only the others choose.
     recent = stop[..., None] - 1 - torch.arange(k, device=q.device)  # [B, T, k]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mobazoo.attention.native import library
-
 # Neighbours of whom only the largest takes part in a first round, and scores of a query for which one round is less
 # work than two.
 RUN = 4
@@ -28,17 +26,10 @@ def choose(scores: Tensor, first: Tensor, stop: Tensor, before: int, index: Tens
         before: what a block's number is more than its place in ``scores``.
         index: ``[h, G, t, k]`` int16 or int32; places of a query lie together, and its queries one after the other.
     """
-    compiled = library() if scores.device.type == "cpu" else None
-    if compiled is None:
-        _hide(scores, first, stop)
-        best = largest(scores.flatten(2), index.shape[3]).add_(before)
-        best = best.unflatten(2, scores.shape[2:]).permute(0, 2, 3, 1)
-        index.copy_(torch.where((stop - first > index.shape[3])[:, None], best, index))
-    else:
-        first, stop = first.contiguous(), stop.contiguous()  # by name, so that copies live as long as the call
-        ranges = (first.data_ptr(), stop.data_ptr())
-        place = (index.data_ptr(), index.stride(1), index.element_size())
-        compiled.moba_choose(scores.data_ptr(), *scores.shape, *ranges, index.shape[3], before, *place)
+    _hide(scores, first, stop)
+    best = largest(scores.flatten(2), index.shape[3]).add_(before)
+    best = best.unflatten(2, scores.shape[2:]).permute(0, 2, 3, 1)
+    index.copy_(torch.where((stop - first > index.shape[3])[:, None], best, index))
 
 
 def _hide(scores: Tensor, first: Tensor, stop: Tensor) -> None:

@@ -1,8 +1,8 @@
 // Attention of whole batches on a CPU, full or by blocks.
 
-#include "amx.h"
 #include "attention.h"
 #include "backward.h"
+#include "dispatch.h"
 #include "forward.h"
 #include "threads.h"
 #include "walk.h"
@@ -11,20 +11,13 @@ namespace moba {
 namespace {
 
 // Rows of a piece: what its queries know should stay in the cache of a core, and many should read a block that is laid
-// out for them. There should be enough pieces that no thread waits long for another.
-constexpr int64_t MOST = 8192, LEAST = 512, PIECES = 4, MOST_BACK = 16384;
+// out for them.
+constexpr int64_t MOST = 8192, LEAST = 512, MOST_BACK = 16384;
 
 int64_t tokens_of_piece(const Batch &batch) {
-  const int64_t parts = std::max<int64_t>(1, PIECES * batch.threads / std::max<int64_t>(1, batch.batch * batch.heads));
-  int64_t tokens = (batch.tokens + parts - 1) / parts;
-  tokens = std::min(std::max(tokens, LEAST / batch.group), std::max<int64_t>(1, MOST / batch.group));
+  int64_t tokens = cut_tokens(batch, LEAST, MOST);
   if (batch.block_size && batch.block_size < tokens) tokens = tokens / batch.block_size * batch.block_size;
   return std::max<int64_t>(1, tokens);
-}
-
-template <class Element>
-const Element *place(const void *from, const Strides &at, int64_t row, int64_t head, int64_t token) {
-  return static_cast<const Element *>(from) + row * at.row + head * at.head + token * at.token;
 }
 
 // Queries of a piece, and what comes of them.
@@ -228,46 +221,17 @@ void backward(const Batch &batch) {
 }  // namespace
 }  // namespace moba
 
-namespace moba {
-namespace {
-
-// Pass::run<Arithmetic, Element>, by what the processor multiplies bfloat16 with. Returns 0, or 1 for want of memory.
-template <class Pass>
-int64_t dispatch(const Batch &batch, int64_t narrow, const Pass &pass) {
-  try {
-    if (!narrow) {
-      pass(Vectors<Single>(), float());
-#ifdef MOBA_AMX
-    } else if (Tiled::able() && narrow == 1) {
-      pass(Tiled(), Bfloat16());
-#endif
-#ifdef MOBA_PAIRS
-    } else if (narrow <= 2) {
-      pass(Vectors<Pairs>(), Bfloat16());
-#endif
-    } else {
-      pass(Vectors<Single>(), Bfloat16());
-    }
-  } catch (const std::bad_alloc &) {
-    return 1;
-  }
-  return 0;
-}
-
-}  // namespace
-}  // namespace moba
-
 extern "C" {
 
-// `narrow` is 0 for float32 and 1 for bfloat16; tests ask for 2, without tiles, and 3, by float32.
+// `narrow` as dispatch.h has it.
 int64_t moba_forward(const moba::Batch *batch, int64_t narrow) {
-  return moba::dispatch(*batch, narrow, [&](auto arithmetic, auto element) {
+  return moba::dispatch(narrow, [&](auto arithmetic, auto element) {
     moba::forward<decltype(arithmetic), decltype(element)>(*batch);
   });
 }
 
 int64_t moba_backward(const moba::Batch *batch, int64_t narrow) {
-  return moba::dispatch(*batch, narrow, [&](auto arithmetic, auto element) {
+  return moba::dispatch(narrow, [&](auto arithmetic, auto element) {
     moba::backward<decltype(arithmetic), decltype(element)>(*batch);
   });
 }

@@ -10,6 +10,11 @@ struct Strides {
   int64_t row, head, token;  // in numbers; those of a token lie together
 };
 
+template <class Element>
+const Element *place(const void *from, const Strides &at, int64_t row, int64_t head, int64_t token) {
+  return static_cast<const Element *>(from) + row * at.row + head * at.head + token * at.token;
+}
+
 struct Batch {
   const void *q, *k, *v, *dout;  // [B, Hq or Hkv, T or S, D]
   void *out, *dq;                // [B, Hq, T, D], contiguous; the backward reads `out`

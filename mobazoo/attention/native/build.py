@@ -33,7 +33,7 @@ _POSIX = os.name == "posix"
 _P, _I = c_void_p, c_int64
 # Arguments and result of each function.
 _SIGNATURES = {
-    "moba_choose": ((_P, _I, _I, _I, _I, _P, _P, _I, _I, _P, _I, _I), None),
+    "moba_gate": ((_P, _I), _I),
     "moba_forward": ((_P, _I), _I),
     "moba_backward": ((_P, _I), _I),
 }

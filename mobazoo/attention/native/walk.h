@@ -7,39 +7,9 @@
 #include "attention.h"
 #include "clock.h"
 #include "laid.h"
+#include "pieces.h"
 
 namespace moba {
-
-// Some tokens of one key head's queries. Query g of its group at token t is row (t - begin) * group + g.
-struct Piece {
-  int64_t row, head, begin, end;
-
-  int64_t tokens() const { return end - begin; }
-};
-
-// A batch cut by rows, key heads and tokens; the last tokens come first, since in full attention they read most.
-class Pieces {
- public:
-  Pieces(const Batch &batch, int64_t tokens)
-      : batch_(batch), tokens_(tokens), of_head_((batch.tokens + tokens - 1) / tokens) {}
-
-  int64_t of_head() const { return of_head_; }
-  int64_t count() const { return batch_.batch * batch_.heads * of_head_; }
-
-  Piece of(int64_t row, int64_t head, int64_t number) const {
-    const int64_t part = of_head_ - 1 - number;
-    return {row, head, part * tokens_, std::min(batch_.tokens, (part + 1) * tokens_)};
-  }
-
-  Piece operator[](int64_t number) const {
-    const int64_t heads = batch_.batch * batch_.heads;
-    return of(number % heads / batch_.heads, number % batch_.heads, number / heads);
-  }
-
- private:
-  const Batch &batch_;
-  int64_t tokens_, of_head_;
-};
 
 class Walk {
  public:

@@ -1,0 +1,92 @@
+"""The gate on a CPU as one call of compiled code (``attention/native/gate.cpp``), which torch's threads share.
+
+A thread takes pieces: some thousand query rows of one key head. Centroids are laid out for products 512 at a time, and
+scores of some ten queries with them stay in its cache until their best are chosen. Memory for each thread: those
+centroids, 4 MiB at most of what a piece's rows know so far where there are more of them, and one row's list for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ctypes import Structure, byref, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from mobazoo.attention.heap import keep_heap
+from mobazoo.attention.kernels.cpu_compiled import _ARITHMETIC, _Strides
+from mobazoo.attention.native import library
+
+# Bytes of a widened copy.
+_WIDE = 32 << 20
+
+
+class _Gate(Structure):
+    """``Gate`` of gate.cpp."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "mean", "first", "stop", "index")),
+        *((name, _Strides) for name in ("q_at", "mean_at", "index_at", "first_at", "stop_at")),
+        *((name, c_int64) for name in ("batch", "heads", "group", "tokens", "blocks", "dim", "reads", "index_bytes")),
+        ("threads", c_int64),
+    ]
+
+
+def choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) -> None:
+    """Fills ``index`` with the best blocks of each query's ``first .. stop - 1``, best first.
+
+    Who may read ``W`` blocks or fewer reads them all, the most recent first; empty slots are -1.
+
+    Args:
+        q: ``[B, Hq, T, D]``.
+        mean: ``[B, Hkv, N, D]``, of the same dtype.
+        first: ``[B, T]`` int64, never decreases along a row.
+        stop: the same.
+        index: ``[B, Hq, T, W]`` int16 or int32, places of a query together.
+
+    Raises:
+        MemoryError: no memory for what a thread holds.
+    """
+    if q.dtype in _ARITHMETIC and mean.dtype == q.dtype:
+        _run(q, mean, first, stop, index)
+        return
+    group = q.shape[1] // mean.shape[1]
+    for row in range(q.shape[0]):
+        for head in range(mean.shape[1]):
+            at, keys = slice(head * group, (head + 1) * group), mean[row : row + 1, head : head + 1].float()
+            for some in _ranges(q.shape[2], 4 * group * q.shape[3]):
+                of = (slice(row, row + 1), at, some)
+                _run(q[of].float(), keys, first[row : row + 1, some], stop[row : row + 1, some], index[of])
+
+
+def _ranges(tokens: int, bytes_each: int) -> Iterator[slice]:
+    step = max(1, _WIDE // bytes_each)
+    return (slice(t, t + step) for t in range(0, tokens, step))
+
+
+def _run(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) -> None:
+    if index.numel() == 0:
+        return
+    q, mean = (x if x.stride(3) == 1 else x.contiguous() for x in (q, mean))
+    gate = _Gate(
+        batch=q.shape[0],
+        heads=mean.shape[1],
+        group=q.shape[1] // mean.shape[1],
+        tokens=q.shape[2],
+        blocks=mean.shape[2],
+        dim=q.shape[3],
+        reads=index.shape[3],
+        index_bytes=index.element_size(),
+        threads=torch.get_num_threads(),
+        first_at=_Strides(first.stride(0), 0, first.stride(1)),
+        stop_at=_Strides(stop.stride(0), 0, stop.stride(1)),
+    )
+    for each, x in {"q": q, "mean": mean, "first": first, "stop": stop, "index": index}.items():
+        setattr(gate, each, x.data_ptr())
+    for each, x in {"q": q, "mean": mean, "index": index}.items():
+        setattr(gate, f"{each}_at", _Strides(*x.stride()[:3]))
+    keep_heap()
+    compiled = library()
+    assert compiled is not None
+    if compiled.moba_gate(byref(gate), _ARITHMETIC[q.dtype]):
+        raise MemoryError("route: no memory left for what a thread of the gate holds; use fewer threads")
