@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -138,6 +139,17 @@ def gate_routes(case: Case, q: Tensor, k: Tensor, segments: Segments | None = No
     assert isinstance(case.pattern, MoBA)
     segments = segments_of(case.rows, str(k.device)) if segments is None else segments
     return route_by(by, q, centroids_by(by, k, case.block_size, segments), case.pattern, segments, case.q_start)
+
+
+def ranked(scores: Sequence[float], numbers: Iterable[int]) -> list[int]:
+    """Numbers by falling score, the higher one first among equals; what is no number is the lowest."""
+    most = torch.finfo(torch.float32).max
+
+    def score(number: int) -> float:
+        given = scores[number]
+        return max(-most, min(most, given)) if given == given else -most
+
+    return sorted(numbers, key=lambda number: (score(number), number), reverse=True)
 
 
 def chosen_by(routes: Routes) -> Chosen:

@@ -83,8 +83,9 @@ def test_zero_queries_and_equal_keys(dtype: torch.dtype) -> None:
 
 
 @pytest.fixture(params=["cpu", "other device"])
-def _tiny_chunks(request: pytest.FixtureRequest, loops: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the gate work in many chunks, by the branch of a CPU or of a device whose values are not read."""
+def _tiny_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes torch's operators work in many chunks, by the branch of a CPU or of a device whose values are not read."""
+    monkeypatch.setattr(build, "_library", lambda: None)
     monkeypatch.setattr(_Room, "of", lambda _: _Room(100_000, 16))
     if request.param != "cpu":
         pretend_other_device(monkeypatch)
@@ -168,6 +169,7 @@ def test_key_heads_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(((100,),), 4, 4, 8, 4, 16)
     data = inputs(case)
     want = gate_routes(case, data.q, data.k).index
+    monkeypatch.setattr(build, "_library", lambda: None)
     heads = spy(monkeypatch, routing, "_chunks", lambda arguments, _: arguments[3][0])
     for most in (1, 3):
         heads.clear()

@@ -1,8 +1,6 @@
-"""The best-scoring blocks of many queries, against plain sorting in Python."""
+"""The best-scoring blocks of many queries by torch's operators, against plain sorting in Python."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from mobazoo.attention import selection
 from mobazoo.attention.selection import RUN, choose, largest
-from tests.factories import spy
+from tests.factories import ranked, spy
 
 WIDTHS = (4, 8, 12, 28, 64, 68, 100, 132, 256, 516)
 MOST = torch.finfo(torch.float32).max
@@ -26,22 +24,11 @@ def scores_of(kind: str, *shape: int) -> Tensor:
     return torch.randint(-2, 3, shape).float() * torch.tensor(-0.0 if kind == "zeros" else 1.0)
 
 
-def ranked(scores: list[float], numbers: Iterable[int]) -> list[int]:
-    """Numbers by falling score, the higher one first among equals; what is no number is the lowest."""
-
-    def score(number: int) -> float:
-        given = scores[number]
-        return max(-MOST, min(MOST, given)) if given == given else -MOST
-
-    return sorted(numbers, key=lambda number: (score(number), number), reverse=True)
-
-
-@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "extremes"])
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7, 8, 11, 12, 15, 16, 17, 40])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32], ids=str)
 def test_chooses_as_sorting_would(kind: str, k: int, dtype: torch.dtype) -> None:
-    """Ranges that begin and end anywhere, queries of two key heads with three each, more of them than lanes and fewer.
+    """Ranges that begin and end anywhere, queries of two key heads with three each.
 
     Nothing but the places of queries that have a choice is written.
     """

@@ -201,7 +201,7 @@ constexpr int64_t TILE = A::ROWS % LANES ? 2 * A::ROWS : A::ROWS;
 // Rows of a piece, which must have room for what they know while blocks come in several parts.
 template <class A>
 int64_t most_rows(const Gate &gate) {
-  const int64_t bytes = (gate.reads + MORE) * (sizeof(float) + sizeof(int32_t));
+  const int64_t bytes = (std::min(gate.reads, gate.blocks) + MORE) * (sizeof(float) + sizeof(int32_t));
   return std::min(MOST, std::max<int64_t>(TILE<A>, KNOWN_BYTES / bytes / LANES * LANES));
 }
 
@@ -213,7 +213,7 @@ class GateWork {
   GateWork(const Gate &gate, int64_t rows)
       : gate_(gate),
         width_(gate.dim),
-        places_(gate.reads + MORE),
+        places_(std::min(gate.reads, gate.blocks) + MORE),
         laid_(room_, width_, true, false),
         queries_(room_.take<Word>(TILE<A> * width_.words)),
         scores_(room_.take<float>(TILE<A> * WIDE)),
@@ -226,19 +226,22 @@ class GateWork {
   }
 
   void operator()(const Piece &piece) {
-    rows_.clear();
+    rows_.resize(piece.tokens() * gate_.group);
+    Row *next = rows_.data();
     for (int64_t t = piece.begin; t < piece.end; t++) {
       const int64_t first = gate_.first[piece.row * gate_.first_at.row + t * gate_.first_at.token];
       const int64_t stop = gate_.stop[piece.row * gate_.stop_at.row + t * gate_.stop_at.token];
       for (int64_t g = 0; g < gate_.group; g++) {
-        const int64_t head = piece.head * gate_.group + g;
+        *next = {static_cast<int32_t>(piece.head * gate_.group + g), static_cast<int32_t>(t),
+                 static_cast<int32_t>(first), static_cast<int32_t>(stop)};
         if (stop - first > gate_.reads) {
-          rows_.push_back({head, t, first, stop});
+          next++;
         } else {
-          write(piece.row, head, t, [&](int64_t j) { return stop - 1 - j >= first ? stop - 1 - j : -1; });
+          read_all(piece.row, *next);
         }
       }
     }
+    rows_.resize(next - rows_.data());
     if (rows_.empty()) return;
     const int64_t rows = static_cast<int64_t>(rows_.size()), begin = rows_.front().first, end = rows_.back().stop;
     for (int64_t at = begin; at < end; at += PACKED) {
@@ -253,19 +256,33 @@ class GateWork {
 
  private:
   struct Row {
-    int64_t head, token, first, stop;
+    int32_t head, token, first, stop;
   };
 
-  // Every query reads the most recent blocks that it may, if no more than there is place for.
-  template <class Block>
-  void write(int64_t row, int64_t head, int64_t token, const Block &block) {
-    const int64_t at = row * gate_.index_at.row + head * gate_.index_at.head + token * gate_.index_at.token;
-    if (gate_.index_bytes == 2) {
-      int16_t *to = static_cast<int16_t *>(gate_.index) + at;
-      for (int64_t j = 0; j < gate_.reads; j++) to[j] = static_cast<int16_t>(block(j));
-    } else {
-      int32_t *to = static_cast<int32_t *>(gate_.index) + at;
-      for (int64_t j = 0; j < gate_.reads; j++) to[j] = static_cast<int32_t>(block(j));
+  int64_t index_of(int64_t row, const Row &of) const {
+    return row * gate_.index_at.row + of.head * gate_.index_at.head + of.token * gate_.index_at.token;
+  }
+
+  // Every block that the query may read, the most recent first.
+  void read_all(int64_t row, const Row &of) {
+    const int64_t at = index_of(row, of);
+    for (int32_t j = 0, block = of.stop - 1; j < gate_.reads; j++, block--) {
+      const int32_t read = block >= of.first ? block : -1;
+      if (gate_.index_bytes == 2) {
+        static_cast<int16_t *>(gate_.index)[at + j] = static_cast<int16_t>(read);
+      } else {
+        static_cast<int32_t *>(gate_.index)[at + j] = read;
+      }
+    }
+  }
+
+  // The best blocks of up to LANES queries, `which` [k].
+  template <class Index>
+  void read_best(int64_t row, const Row *of, int64_t count, const Ints *which) {
+    Index *to[LANES];
+    for (int64_t n = 0; n < count; n++) to[n] = static_cast<Index *>(gate_.index) + index_of(row, of[n]);
+    for (int64_t j = 0; j < gate_.reads; j++) {
+      for (int64_t n = 0; n < count; n++) to[n][j] = static_cast<Index>(which[j][n]);
     }
   }
 
@@ -298,8 +315,11 @@ class GateWork {
       some.from = some.first[0] / LANES * LANES;
       some.to = round_up(some.stop[some.count - 1], LANES);
       if (some.from < some.to) choose_some(some);
-      for (int64_t n = 0; last && n < some.count; n++) {
-        write(row, rows[i + n].head, rows[i + n].token, [&](int64_t j) { return some.which[j][n]; });
+      if (!last) continue;
+      if (gate_.index_bytes == 2) {
+        read_best<int16_t>(row, rows + i, some.count, some.which);
+      } else {
+        read_best<int32_t>(row, rows + i, some.count, some.which);
       }
     }
   }
