@@ -29,8 +29,8 @@ _BYTES_PER_QUERY_DIM = 8
 class _Room(NamedTuple):
     """Working memory of a chunk: on a CPU its scores should live in cache, on a GPU it should fill the machine.
 
-    A score costs its float32 and, where torch's operators choose, with a quarter of the others what that needs (40
-    bytes where all take part in it). All is far below the 1 GiB that ``route`` promises.
+    A score costs its float32 and, with a quarter of the others, what its choice needs (40 bytes where all take part in
+    it). All is far below the 1 GiB that ``route`` promises.
     """
 
     bytes: int
@@ -141,7 +141,7 @@ def _index_dtype(n: int) -> torch.dtype:
 def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str = TORCH) -> Tensor:
     """Best ``k`` of the blocks ``first .. stop - 1`` of each query: ``[B, Hq, T, k]``, -1 where there are fewer.
 
-    ``first`` and ``stop`` are ``[B, T]`` and do not decrease along a row.
+    On a CPU by compiled code where there is any. ``first`` and ``stop`` are ``[B, T]`` and do not decrease along a row.
     """
     batch, hq, length, _ = q.shape
     hkv, n = mean.shape[1], mean.shape[2]

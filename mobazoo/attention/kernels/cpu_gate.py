@@ -1,8 +1,11 @@
 """The gate on a CPU as one call of compiled code (``attention/native/gate.cpp``), which torch's threads share.
 
 A thread takes pieces: some thousand query rows of one key head. Centroids are laid out for products 512 at a time, and
-scores of some ten queries with them stay in its cache until their best are chosen. Memory for each thread: those
-centroids, 4 MiB at most of what a piece's rows know so far where there are more of them, and one row's list for each.
+the scores of a tile of queries with them stay in its cache until the few that may be among the best are picked out and
+sorted. Memory for each thread, whatever the number of blocks: 512 centroids twice, a tile's scores (135 KiB) and room for
+those picked out (68 KiB), a list of the piece's rows, and what rows know so far: a tile's, 8 bytes a place, or where
+blocks come in several parts up to 4 MiB. Other dtypes than float32 and bfloat16 are widened, 32 MiB of queries and one
+head's centroids at a time.
 """
 
 from __future__ import annotations

@@ -19,25 +19,25 @@ struct Gate {
   int64_t batch, heads, group, tokens, blocks, dim, reads, index_bytes, threads;
 };
 
-// Rows of a piece: many should read the centroids that are laid out for it. And bytes of what they know so far.
+// Rows of a piece: many should read the centroids that are laid out for it. And bytes that they may know so far.
 constexpr int64_t MOST = 8192, LEAST = 512, KNOWN_BYTES = 4 << 20;
 
 constexpr int64_t WIDE = PACKED + 16;  // from a row of scores to the next, so that rows do not share a set of the cache
 constexpr int64_t MORE = 3;            // places that may be written beyond k
-constexpr int64_t MOST_PARTS = 8;      // vectors of maxima
+constexpr int64_t MOST_PARTS = 8;      // vectors of maxima: for more, none are taken
 
-// LANES queries, the rows of `scores`, and some blocks, whose numbers begin at `begin`.
+// Up to LANES queries, and their scores with some blocks.
 struct Some {
-  float *scores;       // [LANES, WIDE]
-  int64_t from, to;    // columns that hold scores, multiples of LANES
-  int64_t begin;       // the block of column 0
-  int64_t count;       // queries
-  Ints first, stop;    // columns that each may choose
-  int64_t reads;       // k
-  Floats *best;        // [k + MORE]: the largest scores so far, largest first
-  Ints *which;         // [k + MORE]: whose they are
-  float *found;        // [LANES, WIDE]: room for scores that may be among the largest
-  int32_t *found_in;   // [LANES, WIDE]: and for their columns
+  float *scores;      // [LANES, WIDE]
+  int64_t from, to;   // columns of interest, multiples of LANES
+  int64_t begin;      // the block of column 0
+  int64_t count;      // queries
+  Ints first, stop;   // columns that each may choose
+  int64_t reads;      // k
+  Floats *best;       // [k + MORE]: the largest scores so far, largest first
+  Ints *which;        // [k + MORE]: and their blocks
+  float *found;       // [LANES, WIDE]: room for scores that may be among the largest
+  int32_t *found_in;  // [LANES, WIDE]: and for their columns
 };
 
 Ints numbers() {
@@ -46,7 +46,7 @@ Ints numbers() {
   return x;
 }
 
-// Columns that a query may not choose lose to all others in the same vector.
+// Columns that a query may not choose must raise no maximum.
 void hide(const Some &some) {
   const Ints number = numbers();
   for (int64_t i = 0; i < some.count; i++) {
@@ -61,7 +61,7 @@ void hide(const Some &some) {
   }
 }
 
-// Numbers of `x` that are not below `least`, packed, and their columns; how many. A vector's width is written.
+// Writes the numbers of `x` that are not below `least`, and their columns; returns how many. A whole vector is written.
 inline int64_t pack(Floats x, Floats least, Ints column, float *found, int32_t *found_in) {
 #if defined(__AVX512F__)
   const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLT_UQ);
@@ -81,7 +81,7 @@ inline int64_t pack(Floats x, Floats least, Ints column, float *found, int32_t *
 #endif
 }
 
-// Puts a score of each query where it belongs among the K best; among equal ones the later block wins.
+// Puts a score of each query where it belongs among the k best; among equal ones the later block wins.
 inline __attribute__((always_inline)) void insert(Floats score, Ints block, int64_t k, Floats *best, Ints *which) {
 #pragma GCC unroll 16
   for (int64_t j = 0; j < k; j++) {
@@ -95,7 +95,8 @@ inline __attribute__((always_inline)) void insert(Floats score, Ints block, int6
   }
 }
 
-// A score of each query that k blocks reach at least: the k-th largest of maxima over disjoint columns.
+// A score that `reads` blocks of each query reach at least: that many-th of the maxima over disjoint columns, of which
+// the `k` largest are kept in `top`.
 inline __attribute__((always_inline)) Floats reached(const Some &some, int64_t k, int64_t parts, Floats *top) {
   for (int64_t j = 0; j < k; j++) top[j] = splat(-INFINITE);
   for (int64_t part = 0; part < parts; part++) {
@@ -120,7 +121,7 @@ inline __attribute__((always_inline)) Floats reached(const Some &some, int64_t k
   return top[some.reads - 1];
 }
 
-// The largest so far, and those among these columns. K of them in registers, or as many as are asked for.
+// Takes these columns' scores among the best. K places are kept in registers, or with 0 as many as are asked for.
 template <int64_t K>
 void choose(const Some &some) {
   const int64_t k = K > 0 ? K : some.reads;
@@ -130,7 +131,7 @@ void choose(const Some &some) {
   Ints *which = K > 0 ? which_in_registers : some.which;
   const int64_t parts = (2 * k + LANES - 1) / LANES;
 
-  // Few columns reach what k maxima do. What is no number or below the lowest counts as the lowest.
+  // Few columns reach what k maxima do. What is no number, or lower than the lowest, counts as that: then all may.
   Floats least = splat(-INFINITE);
   if (K > 0) {
     Floats top[K > 0 ? K : 1];
@@ -194,11 +195,11 @@ void choose_some(const Some &some) {
   choose<0>(some);
 }
 
-// Rows of a tile: as many as arithmetic likes, and whole vectors of them.
+// Rows of a tile: whole vectors of them, in the numbers that an arithmetic likes.
 template <class A>
 constexpr int64_t TILE = A::ROWS % LANES ? 2 * A::ROWS : A::ROWS;
 
-// Rows of a piece, which must have room for what they know while blocks come in several parts.
+// Rows of a piece at most: what they know so far is kept while blocks come in several parts.
 template <class A>
 int64_t most_rows(const Gate &gate) {
   const int64_t bytes = (std::min(gate.reads, gate.blocks) + MORE) * (sizeof(float) + sizeof(int32_t));
