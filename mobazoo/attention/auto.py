@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.backends.decode import FEW
+from mobazoo.attention.kernels import cpu_compiled
 from mobazoo.attention.problem import Problem
 
+# Queries from which compiled code is faster on a CPU than PyTorch's attention, which is called sooner.
+_LONG = 512
+
+
+def _compiled(p: Problem) -> bool:
+    return p.device == "cpu" and p.dtype in (torch.float32, torch.bfloat16) and cpu_compiled.serves(p.dtype)
+
+
 _TABLE: tuple[tuple[str, Callable[[Problem], bool], str], ...] = (
+    ("flash", lambda p: not p.moba and p.queries >= _LONG and _compiled(p), "dense, compiled for this processor"),
     ("sdpa", lambda p: not p.moba and p.whole and (p.prefill or p.queries == 1), "dense, no mask needed"),
     ("sdpa", lambda p: not p.moba and p.queries == 1, "dense, one query: a mask of one line"),
     (

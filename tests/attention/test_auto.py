@@ -10,11 +10,13 @@ import torch
 
 from mobazoo.attention import Full, MoBA, api, attend, auto
 from mobazoo.attention.backends import BACKENDS
+from mobazoo.attention.native import library
 from mobazoo.attention.pattern import Pattern
 from mobazoo.attention.problem import Problem
 from tests.factories import spy
 
 SPARSE = MoBA(16, 3)
+LONG = "flash" if library() else "sdpa"  # where there is compiled code
 
 
 def problem(
@@ -26,7 +28,7 @@ def problem(
     whole: bool = True,
     grad: bool = False,
 ) -> Problem:
-    return Problem(pattern, device, dtype, 64, grad, queries, 64, whole)
+    return Problem(pattern, device, dtype, 64, grad, queries, max(64, queries), whole)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,10 @@ def problem(
         (problem(Full()), "sdpa"),
         (problem(Full(), dtype=torch.float64, grad=True), "sdpa"),
         (problem(Full(), queries=1), "sdpa"),
+        (problem(Full(), queries=512), LONG),
+        (problem(Full(), queries=512, dtype=torch.bfloat16, grad=True), LONG),
+        (problem(Full(), queries=512, dtype=torch.float64), "sdpa"),
+        (problem(Full(), "cuda", queries=512, dtype=torch.bfloat16), "sdpa"),
         (problem(Full(), queries=17), "flash"),
         (problem(Full(), whole=False), "flash"),
         (problem(Full(), queries=1, whole=False), "sdpa"),

@@ -53,7 +53,7 @@ PIECES = Case(((450, -13, 137),), 50, 3, 32, 1, 16)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """The dtype of an arithmetic, which then is what serves it."""
     dtype, number = ARITHMETIC[request.param]
-    monkeypatch.setitem(cpu_compiled._ARITHMETIC, dtype, number)
+    monkeypatch.setitem(cpu_compiled.ARITHMETIC, dtype, number)
     return dtype
 
 

@@ -29,7 +29,7 @@ ARITHMETIC = {
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     dtype, by = ARITHMETIC[request.param]
     if by is not None:
-        monkeypatch.setitem(cpu_compiled._ARITHMETIC, dtype, by)
+        monkeypatch.setitem(cpu_compiled.ARITHMETIC, dtype, by)
     return dtype
 
 

@@ -23,13 +23,13 @@ _MOST_SUMS = 4
 
 # What multiplies: float32, or bfloat16 as the processor does it best. Tests ask for the others.
 FLOAT32, BFLOAT16, BFLOAT16_BY_VECTORS, BFLOAT16_BY_FLOAT32 = range(4)
-_ARITHMETIC = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+ARITHMETIC = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 # Stages of a pass, as clock.h has them.
 STAGES = ("own blocks", "sort", "lay out keys", "gather", "routed kernel", "merge", "the rest")
 
 
-class _Strides(Structure):
+class Strides(Structure):
     _fields_ = [(name, c_int64) for name in ("row", "head", "token")]
 
 
@@ -39,7 +39,7 @@ class _Batch(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("q", "k", "v", "dout", "out", "dq", "lse", "dk", "dv")),
         *((name, c_void_p) for name in ("doc", "pos", "index", "start", "spent")),
-        *((name, _Strides) for name in ("q_at", "k_at", "v_at", "dout_at")),
+        *((name, Strides) for name in ("q_at", "k_at", "v_at", "dout_at")),
         *((name, c_int64) for name in ("doc_at", "pos_at", "start_at")),
         *((name, c_int64) for name in ("batch", "heads", "group", "tokens", "slots", "dim", "first", "block_size")),
         *((name, c_int64) for name in ("blocks", "reads", "index_bytes", "parts", "threads")),
@@ -49,7 +49,7 @@ class _Batch(Structure):
 
 def serves(dtype: torch.dtype) -> bool:
     """Whether compiled code is there and takes tensors of a dtype; float16 is widened."""
-    return dtype in (*_ARITHMETIC, torch.float16) and library() is not None
+    return dtype in (*ARITHMETIC, torch.float16) and library() is not None
 
 
 def forward(
@@ -59,7 +59,7 @@ def forward(
 
     ``spent``, ``[len(STAGES)]`` float64, gets the seconds of each stage added, on one thread.
     """
-    if q.dtype not in _ARITHMETIC:
+    if q.dtype not in ARITHMETIC:
         out, lse = forward(q.float(), k.float(), v.float(), layout, scale, spent)
         return out.to(q.dtype), lse
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -73,7 +73,7 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``, accumulated in float32 and rounded once."""
-    if q.dtype not in _ARITHMETIC:
+    if q.dtype not in ARITHMETIC:
         wide = (dout.float(), q.float(), k.float(), v.float(), out.float())
         dq, dk, dv = backward(*wide, lse, layout, scale)
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
@@ -115,7 +115,7 @@ def _run(name: str, layout: Layout, scale: float, parts: int, spent: Tensor | No
     for each, x in tensors.items():
         setattr(batch, each, x.data_ptr())
         if each in ("q", "k", "v", "dout"):
-            setattr(batch, f"{each}_at", _Strides(*x.stride()[:3]))
+            setattr(batch, f"{each}_at", Strides(*x.stride()[:3]))
     keep_heap()
-    if getattr(library(), name)(byref(batch), _ARITHMETIC[q.dtype]):
+    if getattr(library(), name)(byref(batch), ARITHMETIC[q.dtype]):
         raise MemoryError("attend: no memory left for what a thread of the CPU schedule holds; use fewer threads")

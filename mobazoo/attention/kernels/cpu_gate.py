@@ -2,10 +2,10 @@
 
 A thread takes pieces: some thousand query rows of one key head. Centroids are laid out for products 512 at a time, and
 the scores of a tile of queries with them stay in its cache until the few that may be among the best are picked out and
-sorted. Memory for each thread, whatever the number of blocks: 512 centroids twice, a tile's scores (135 KiB) and room for
-those picked out (68 KiB), a list of the piece's rows, and what rows know so far: a tile's, 8 bytes a place, or where
-blocks come in several parts up to 4 MiB. Other dtypes than float32 and bfloat16 are widened, 32 MiB of queries and one
-head's centroids at a time.
+sorted. Memory for each thread, whatever the number of blocks: 512 centroids twice, a tile's scores (135 KiB) and room
+for those picked out (68 KiB), a list of the piece's rows, and what rows know so far: a tile's, or where blocks
+come in several parts up to 4 MiB. Other dtypes than float32 and bfloat16 are widened, 32 MiB of queries and one
+key head's centroids at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention.heap import keep_heap
-from mobazoo.attention.kernels.cpu_compiled import _ARITHMETIC, _Strides
+from mobazoo.attention.kernels.cpu_compiled import ARITHMETIC, Strides
 from mobazoo.attention.native import library
 
 # Bytes of a widened copy.
@@ -29,7 +29,7 @@ class _Gate(Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("q", "mean", "first", "stop", "index")),
-        *((name, _Strides) for name in ("q_at", "mean_at", "index_at", "first_at", "stop_at")),
+        *((name, Strides) for name in ("q_at", "mean_at", "index_at", "first_at", "stop_at")),
         *((name, c_int64) for name in ("batch", "heads", "group", "tokens", "blocks", "dim", "reads", "index_bytes")),
         ("threads", c_int64),
     ]
@@ -50,7 +50,7 @@ def choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) 
     Raises:
         MemoryError: no memory for what a thread holds.
     """
-    if q.dtype in _ARITHMETIC and mean.dtype == q.dtype:
+    if q.dtype in ARITHMETIC and mean.dtype == q.dtype:
         _run(q, mean, first, stop, index)
         return
     group = q.shape[1] // mean.shape[1]
@@ -81,15 +81,15 @@ def _run(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) ->
         reads=index.shape[3],
         index_bytes=index.element_size(),
         threads=torch.get_num_threads(),
-        first_at=_Strides(first.stride(0), 0, first.stride(1)),
-        stop_at=_Strides(stop.stride(0), 0, stop.stride(1)),
+        first_at=Strides(first.stride(0), 0, first.stride(1)),
+        stop_at=Strides(stop.stride(0), 0, stop.stride(1)),
     )
     for each, x in {"q": q, "mean": mean, "first": first, "stop": stop, "index": index}.items():
         setattr(gate, each, x.data_ptr())
     for each, x in {"q": q, "mean": mean, "index": index}.items():
-        setattr(gate, f"{each}_at", _Strides(*x.stride()[:3]))
+        setattr(gate, f"{each}_at", Strides(*x.stride()[:3]))
     keep_heap()
     compiled = library()
     assert compiled is not None
-    if compiled.moba_gate(byref(gate), _ARITHMETIC[q.dtype]):
+    if compiled.moba_gate(byref(gate), ARITHMETIC[q.dtype]):
         raise MemoryError("route: no memory left for what a thread of the gate holds; use fewer threads")

@@ -38,8 +38,8 @@ struct Tiled : Pairs {
   static void end() { _tile_release(); }
 
   template <bool FRESH>
-  static void multiply(int64_t rows, const Word *a, int64_t a_row, int64_t, const Word *b, int64_t b_step, int64_t depth,
-                       int64_t columns, float *c, int64_t c_step) {
+  static void multiply(int64_t rows, const Word* a, int64_t a_row, int64_t, const Word* b, int64_t b_step,
+                       int64_t depth, int64_t columns, float* c, int64_t c_step) {
     for (int64_t j = 0; j < columns; j += COLUMNS) {
       int64_t i = 0;
       for (; i + 16 < rows; i += 32) {
@@ -54,10 +54,10 @@ struct Tiled : Pairs {
  private:
   // c [32 or 16, 32] (+)= a b: tiles 0 to 3 are c's, 4 and 5 a's, 6 and 7 b's.
   template <bool FRESH, bool TWO>
-  static inline void product(const Word *a, int64_t a_bytes, const Word *b, int64_t b_bytes, int64_t depth, float *c,
+  static inline void product(const Word* a, int64_t a_bytes, const Word* b, int64_t b_bytes, int64_t depth, float* c,
                              int64_t c_step) {
     const int64_t c_bytes = c_step * 4;
-    float *low = c + 16 * c_step;
+    float* low = c + 16 * c_step;
     if constexpr (FRESH) {
       _tile_zero(0);
       _tile_zero(1);
@@ -70,7 +70,7 @@ struct Tiled : Pairs {
       if constexpr (TWO) _tile_loadd(3, low + 16, c_bytes);
     }
     for (int64_t k = 0; k < depth; k += WORDS) {
-      const Word *right = b + k * b_bytes / 4;
+      const Word* right = b + k * b_bytes / 4;
       _tile_loadd(4, a + k, a_bytes);
       _tile_loadd(6, right, b_bytes);
       _tile_loadd(7, right + 16, b_bytes);

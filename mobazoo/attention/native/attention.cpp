@@ -1,6 +1,7 @@
 // Attention of whole batches on a CPU, full or by blocks.
 
 #include "attention.h"
+
 #include "backward.h"
 #include "dispatch.h"
 #include "forward.h"
@@ -14,7 +15,7 @@ namespace {
 // out for them.
 constexpr int64_t MOST = 8192, LEAST = 512, MOST_BACK = 16384;
 
-int64_t tokens_of_piece(const Batch &batch) {
+int64_t tokens_of_piece(const Batch& batch) {
   int64_t tokens = cut_tokens(batch, LEAST, MOST);
   if (batch.block_size && batch.block_size < tokens) tokens = tokens / batch.block_size * batch.block_size;
   return std::max<int64_t>(1, tokens);
@@ -24,16 +25,16 @@ int64_t tokens_of_piece(const Batch &batch) {
 template <class A, class Element>
 class ForwardWork {
  public:
-  ForwardWork(const Batch &batch, int64_t tokens)
+  ForwardWork(const Batch& batch, int64_t tokens)
       : batch_(batch),
-        width_(batch.dim),
+        width_(batch.dim, batch.slots),
         rows_(tokens * batch.group),
         clock_(batch.spent),
         tiles_(room_, width_, static_cast<float>(batch.scale), clock_),
         known_{room_.take<typename A::Word>(rows_ * width_.words), room_.take<float>(rows_ * width_.numbers),
                room_.take<float>(rows_), room_.take<float>(rows_)} {}
 
-  void operator()(const Piece &piece) {
+  void operator()(const Piece& piece) {
     begin(piece);
     walk_(batch_, piece, *this, clock_);
     end(piece);
@@ -45,15 +46,16 @@ class ForwardWork {
                place<Element>(batch_.v, batch_.v_at, piece_.row, piece_.head, slot), batch_.v_at.token, count);
   }
 
-  void read(const Readers &all) { tiles_.read(all, known_); }
+  void read(const Readers& all) { tiles_.read(all, known_); }
 
  private:
-  void begin(const Piece &piece) {
+  void begin(const Piece& piece) {
     clock_.to(REST);
     piece_ = piece;
     const int64_t rows = piece.tokens() * batch_.group;
     for (int64_t g = 0; g < batch_.group; g++) {
-      const Element *from = place<Element>(batch_.q, batch_.q_at, piece.row, piece.head * batch_.group + g, piece.begin);
+      const Element* from =
+          place<Element>(batch_.q, batch_.q_at, piece.row, piece.head * batch_.group + g, piece.begin);
       for (int64_t t = 0; t < piece.tokens(); t++) {
         put_row(from + t * batch_.q_at.token, batch_.dim, known_.queries + (t * batch_.group + g) * width_.words);
       }
@@ -63,23 +65,23 @@ class ForwardWork {
     std::fill_n(known_.total, rows, 0.0f);
   }
 
-  void end(const Piece &piece) {
+  void end(const Piece& piece) {
     clock_.to(REST);
-    Element *out = static_cast<Element *>(batch_.out);
+    Element* out = static_cast<Element*>(batch_.out);
     for (int64_t g = 0; g < batch_.group; g++) {
       const int64_t at = batch_.query_head(piece.row, piece.head, g) * batch_.tokens + piece.begin;
       for (int64_t t = 0; t < piece.tokens(); t++) {
         const int64_t row = t * batch_.group + g;
         const float total = known_.total[row], share = total == 0 ? 0.0f : 1 / total;
-        const float *sums = known_.sums + row * width_.numbers;
-        Element *to = out + (at + t) * batch_.dim;
+        const float* sums = known_.sums + row * width_.numbers;
+        Element* to = out + (at + t) * batch_.dim;
         for (int64_t d = 0; d < batch_.dim; d++) narrow(sums[d] * share, to[d]);
         batch_.lse[at + t] = known_.top[row] * static_cast<float>(M_LN2) + std::log(total);
       }
     }
   }
 
-  const Batch &batch_;
+  const Batch& batch_;
   Room room_;
   Width<A> width_;
   int64_t rows_;
@@ -91,7 +93,7 @@ class ForwardWork {
 };
 
 template <class A, class Element>
-void forward(const Batch &batch) {
+void forward(const Batch& batch) {
   const int64_t tokens = tokens_of_piece(batch);
   const Pieces pieces(batch, tokens);
   Queue queue(pieces.count());
@@ -109,9 +111,9 @@ void forward(const Batch &batch) {
 template <class A, class Element>
 class BackwardWork {
  public:
-  BackwardWork(const Batch &batch, int64_t tokens)
+  BackwardWork(const Batch& batch, int64_t tokens)
       : batch_(batch),
-        width_(batch.dim),
+        width_(batch.dim, batch.slots),
         clock_(batch.spent),
         tiles_(room_, width_, static_cast<float>(batch.scale), clock_),
         dk_(room_.take<float>(batch.slots * batch.dim)),
@@ -122,7 +124,7 @@ class BackwardWork {
   }
 
   // The pieces `part`, `part + parts`, ... of a key head, whose sums are one of `parts`.
-  void operator()(const Pieces &pieces, int64_t row, int64_t head, int64_t part) {
+  void operator()(const Pieces& pieces, int64_t row, int64_t head, int64_t part) {
     const int64_t sums = batch_.slots * batch_.dim;
     std::memset(dk_, 0, sums * sizeof(float));
     std::memset(dv_, 0, sums * sizeof(float));
@@ -134,11 +136,11 @@ class BackwardWork {
     }
     const int64_t place = ((part * batch_.batch + row) * batch_.heads + head) * sums;
     if (batch_.parts > 1) {
-      std::memcpy(static_cast<float *>(batch_.dk) + place, dk_, sums * sizeof(float));
-      std::memcpy(static_cast<float *>(batch_.dv) + place, dv_, sums * sizeof(float));
+      std::memcpy(static_cast<float*>(batch_.dk) + place, dk_, sums * sizeof(float));
+      std::memcpy(static_cast<float*>(batch_.dv) + place, dv_, sums * sizeof(float));
     } else {
-      for (int64_t i = 0; i < sums; i++) narrow(dk_[i], static_cast<Element *>(batch_.dk)[place + i]);
-      for (int64_t i = 0; i < sums; i++) narrow(dv_[i], static_cast<Element *>(batch_.dv)[place + i]);
+      for (int64_t i = 0; i < sums; i++) narrow(dk_[i], static_cast<Element*>(batch_.dk)[place + i]);
+      for (int64_t i = 0; i < sums; i++) narrow(dv_[i], static_cast<Element*>(batch_.dv)[place + i]);
     }
   }
 
@@ -149,7 +151,7 @@ class BackwardWork {
     count_ = count;
   }
 
-  void read(const Readers &all) {
+  void read(const Readers& all) {
     tiles_.read(all, given_);
     tiles_.collect(count_, dk_ + slot_ * batch_.dim, dv_ + slot_ * batch_.dim);
   }
@@ -160,10 +162,10 @@ class BackwardWork {
     const int64_t dim = batch_.dim;
     for (int64_t g = 0; g < batch_.group; g++) {
       const int64_t head = piece_.head * batch_.group + g;
-      const Element *q = place<Element>(batch_.q, batch_.q_at, piece_.row, head, piece_.begin);
-      const Element *dout = place<Element>(batch_.dout, batch_.dout_at, piece_.row, head, piece_.begin);
+      const Element* q = place<Element>(batch_.q, batch_.q_at, piece_.row, head, piece_.begin);
+      const Element* dout = place<Element>(batch_.dout, batch_.dout_at, piece_.row, head, piece_.begin);
       const int64_t at = batch_.query_head(piece_.row, piece_.head, g) * batch_.tokens + piece_.begin;
-      const Element *out = static_cast<const Element *>(batch_.out) + at * dim;
+      const Element* out = static_cast<const Element*>(batch_.out) + at * dim;
       for (int64_t t = 0; t < piece_.tokens(); t++) {
         const int64_t row = t * batch_.group + g;
         put_row(q + t * batch_.q_at.token, dim, given_.queries + row * width_.words);
@@ -181,15 +183,15 @@ class BackwardWork {
     clock_.to(REST);
     for (int64_t g = 0; g < batch_.group; g++) {
       const int64_t at = batch_.query_head(piece_.row, piece_.head, g) * batch_.tokens + piece_.begin;
-      Element *to = static_cast<Element *>(batch_.dq) + at * batch_.dim;
+      Element* to = static_cast<Element*>(batch_.dq) + at * batch_.dim;
       for (int64_t t = 0; t < piece_.tokens(); t++) {
-        const float *from = given_.dq + (t * batch_.group + g) * width_.numbers;
+        const float* from = given_.dq + (t * batch_.group + g) * width_.numbers;
         for (int64_t d = 0; d < batch_.dim; d++) narrow(from[d], to[t * batch_.dim + d]);
       }
     }
   }
 
-  const Batch &batch_;
+  const Batch& batch_;
   Room room_;
   Width<A> width_;
   Clock clock_;
@@ -202,7 +204,7 @@ class BackwardWork {
 };
 
 template <class A, class Element>
-void backward(const Batch &batch) {
+void backward(const Batch& batch) {
   const int64_t tokens = std::max<int64_t>(1, std::min(batch.tokens, MOST_BACK / batch.group / batch.parts));
   const Pieces pieces(batch, tokens);
   const int64_t heads = batch.batch * batch.heads, count = heads * batch.parts;
@@ -224,16 +226,14 @@ void backward(const Batch &batch) {
 extern "C" {
 
 // `narrow` as dispatch.h has it.
-int64_t moba_forward(const moba::Batch *batch, int64_t narrow) {
-  return moba::dispatch(narrow, [&](auto arithmetic, auto element) {
-    moba::forward<decltype(arithmetic), decltype(element)>(*batch);
-  });
+int64_t moba_forward(const moba::Batch* batch, int64_t narrow) {
+  return moba::dispatch(
+      narrow, [&](auto arithmetic, auto element) { moba::forward<decltype(arithmetic), decltype(element)>(*batch); });
 }
 
-int64_t moba_backward(const moba::Batch *batch, int64_t narrow) {
-  return moba::dispatch(narrow, [&](auto arithmetic, auto element) {
-    moba::backward<decltype(arithmetic), decltype(element)>(*batch);
-  });
+int64_t moba_backward(const moba::Batch* batch, int64_t narrow) {
+  return moba::dispatch(
+      narrow, [&](auto arithmetic, auto element) { moba::backward<decltype(arithmetic), decltype(element)>(*batch); });
 }
 
 }  // extern "C"

@@ -12,7 +12,7 @@ template <class A>
 struct Given {
   typename A::Word *queries, *douts;  // [rows, words]
   float *lse, *delta;                 // [rows]: log-sum-exp in powers of two, and dout . out
-  float *dq;                          // [rows, numbers], added to
+  float* dq;                          // [rows, numbers], added to
 };
 
 template <class A>
@@ -20,7 +20,7 @@ class Backward {
  public:
   typedef typename A::Word Word;
 
-  Backward(Room &room, Width<A> width, float scale, Clock &clock)
+  Backward(Room& room, Width<A> width, float scale, Clock& clock)
       : width_(width),
         scale_(scale),
         clock_(clock),
@@ -34,12 +34,12 @@ class Backward {
         pairs_(room.take<Word>(A::ROWS * STEP)),
         rows_(A::PAIR == 1 ? pairs_ : room.take<Word>(A::ROWS * STEP)),
         dq_(room.take<float>(A::ROWS * width.numbers)),
-        dk_(room.take<float>(PACKED / CHUNK * width.numbers * STEP)),
-        dv_(room.take<float>(PACKED / CHUNK * width.numbers * STEP)),
+        dk_(room.take<float>(width.keys / CHUNK * width.numbers * STEP)),
+        dv_(room.take<float>(width.keys / CHUNK * width.numbers * STEP)),
         turned_(room.take<float>(CHUNK * width.numbers)) {}
 
   template <class Element>
-  void lay(const Element *k, int64_t k_step, const Element *v, int64_t v_step, int64_t count) {
+  void lay(const Element* k, int64_t k_step, const Element* v, int64_t v_step, int64_t count) {
     clock_.to(LAY);
     keys_.lay(k, k_step, count);
     values_.lay(v, v_step, count);
@@ -48,12 +48,12 @@ class Backward {
     std::memset(dv_, 0, used * sizeof(float));
   }
 
-  void read(const Readers &all, const Given<A> &given) {
-    by_tiles<A>(all, [&](const Readers &some) { tile(some, given); });
+  void read(const Readers& all, const Given<A>& given) {
+    by_tiles<A>(all, [&](const Readers& some) { tile(some, given); });
   }
 
   // Adds the gradients of the keys in hand, [count, dim].
-  void collect(int64_t count, float *dk, float *dv) {
+  void collect(int64_t count, float* dk, float* dv) {
     clock_.to(MERGE);
     for (int64_t at = 0; at < count; at += CHUNK) {
       const int64_t chunk = at / CHUNK * width_.numbers * STEP, some = std::min(CHUNK, count - at);
@@ -67,12 +67,12 @@ class Backward {
   struct Side {
     Word *rows, *paired, *turned;
 
-    Side(Room &room, Width<A> width)
+    Side(Room& room, Width<A> width)
         : rows(room.take<Word>(A::ROWS * width.words)),
           paired(A::PAIR == 1 ? rows : room.take<Word>(A::ROWS / A::PAIR * width.numbers)),
           turned(A::TURNED ? room.take<Word>(A::ROWS / A::PAIR * width.numbers) : paired) {}
 
-    void lay(const Readers &some, int64_t full, const Word *from, Width<A> width) {
+    void lay(const Readers& some, int64_t full, const Word* from, Width<A> width) {
       for (int64_t i = 0; i < some.count; i++) {
         if (i + AHEAD < some.count) expect(from + some.rows[i + AHEAD] * width.words, width.words * sizeof(Word));
         copy(from + some.rows[i] * width.words, width.words, rows + i * width.words);
@@ -85,35 +85,40 @@ class Backward {
     }
   };
 
-  void tile(const Readers &some, const Given<A> &given) {
+  void tile(const Readers& some, const Given<A>& given) {
     const int64_t full = round_up(some.count, A::DEPTH), words = width_.words, numbers = width_.numbers;
     clock_.to(GATHER);
     queries_.lay(some, full, given.queries, width_);
     douts_.lay(some, full, given.douts, width_);
     std::memset(dq_, 0, some.count * numbers * sizeof(float));
     clock_.to(KERNEL);
-    for (int64_t at = 0; at < PACKED; at += CHUNK) {
+    for (int64_t at = 0; at < width_.keys; at += CHUNK) {
       const int64_t most = widest(some, at), columns = round_up(most, A::COLUMNS);
       if (most <= 0) break;
       const int64_t chunk = at / CHUNK * numbers * STEP;
-      A::template multiply<true>(some.count, queries_.rows, words, 1, keys_.columns(at), STEP, words, columns, scores_, STEP);
-      A::template multiply<true>(some.count, douts_.rows, words, 1, values_.columns(at), STEP, words, columns, slopes_, STEP);
+      A::template multiply<true>(some.count, queries_.rows, words, 1, keys_.columns(at), STEP, words, columns, scores_,
+                                 STEP);
+      A::template multiply<true>(some.count, douts_.rows, words, 1, values_.columns(at), STEP, words, columns, slopes_,
+                                 STEP);
       differentiate(some, at, full, columns, given);
       const int64_t row = A::TURNED ? A::ROWS / A::PAIR : 1, step = A::TURNED ? 1 : numbers;
-      A::template multiply<false>(numbers, douts_.turned, row, step, weights_, STEP, full / A::PAIR, columns, dv_ + chunk, STEP);
-      A::template multiply<false>(numbers, queries_.turned, row, step, pairs_, STEP, full / A::PAIR, columns, dk_ + chunk, STEP);
-      A::template multiply<false>(some.count, rows_, STEP, 1, keys_.rows(at), numbers, columns / A::PAIR, numbers, dq_, numbers);
+      A::template multiply<false>(numbers, douts_.turned, row, step, weights_, STEP, full / A::PAIR, columns,
+                                  dv_ + chunk, STEP);
+      A::template multiply<false>(numbers, queries_.turned, row, step, pairs_, STEP, full / A::PAIR, columns,
+                                  dk_ + chunk, STEP);
+      A::template multiply<false>(some.count, rows_, STEP, 1, keys_.rows(at), numbers, columns / A::PAIR, numbers, dq_,
+                                  numbers);
     }
     clock_.to(MERGE);
     for (int64_t i = 0; i < some.count; i++) {
-      float *sum = given.dq + some.rows[i] * numbers;
+      float* sum = given.dq + some.rows[i] * numbers;
       if (i + AHEAD < some.count) expect(given.dq + some.rows[i + AHEAD] * numbers, numbers * sizeof(float));
       for (int64_t d = 0; d < numbers; d += LANES) store(sum + d, load(sum + d) + load(dq_ + i * numbers + d) * scale_);
     }
   }
 
   // Weights from scores, and slopes, the gradients of scores, from the gradients of weights.
-  void differentiate(const Readers &some, int64_t at, int64_t full, int64_t columns, const Given<A> &given) {
+  void differentiate(const Readers& some, int64_t at, int64_t full, int64_t columns, const Given<A>& given) {
     for (int64_t i = 0; i < full; i += A::PAIR) {
       Row first(some, i, at, given);
       Row second(some, A::PAIR == 1 ? full : i + 1, at, given);
@@ -138,7 +143,7 @@ class Backward {
     int64_t seen = 0;
     float lse = 0, delta = 0;
 
-    Row(const Readers &some, int64_t i, int64_t at, const Given<A> &given) {
+    Row(const Readers& some, int64_t i, int64_t at, const Given<A>& given) {
       if (i >= some.count) return;
       seen = some.seen[i] - at;
       lse = given.lse[some.rows[i]];
@@ -146,7 +151,7 @@ class Backward {
     }
   };
 
-  MOBA_INLINE void evaluate(const Row &row, int64_t i, int64_t j, Floats &weight, Floats &slope) const {
+  MOBA_INLINE void evaluate(const Row& row, int64_t i, int64_t j, Floats& weight, Floats& slope) const {
     if (j >= row.seen) {
       weight = slope = Floats{};
       return;
@@ -159,18 +164,18 @@ class Backward {
     }
   }
 
-  void add_turned(const float *columns, int64_t count, float scale, float *to) {
+  void add_turned(const float* columns, int64_t count, float scale, float* to) {
     const int64_t numbers = width_.numbers;
     transpose(columns, numbers, round_up(count, LANES), STEP, turned_, numbers);
     for (int64_t i = 0; i < count; i++) {
-      float *row = to + i * width_.dim;
+      float* row = to + i * width_.dim;
       for (int64_t d = 0; d < width_.dim; d++) row[d] += turned_[i * numbers + d] * scale;
     }
   }
 
   Width<A> width_;
   float scale_;
-  Clock &clock_;
+  Clock& clock_;
   Laid<A> keys_, values_;
   Side queries_, douts_;
   float *scores_, *slopes_;

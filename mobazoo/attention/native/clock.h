@@ -11,7 +11,7 @@ enum Stage { OWN, SORT, LAY, GATHER, KERNEL, MERGE, REST, STAGES };
 // Adds the seconds between two calls of `to` to the first one's stage; without a place for them it does nothing.
 class Clock {
  public:
-  explicit Clock(double *spent) : spent_(spent) {}
+  explicit Clock(double* spent) : spent_(spent) {}
 
   // From here on a stage's time is its own, or all stages' is one.
   void only(Stage stage) { only_ = stage; }
@@ -26,7 +26,7 @@ class Clock {
   }
 
  private:
-  double *const spent_;
+  double* const spent_;
   std::chrono::steady_clock::time_point since_;
   Stage stage_ = REST, only_ = STAGES;
   bool running_ = false;

@@ -16,7 +16,7 @@ struct Piece {
 
 // Tokens of a piece: enough pieces that no thread waits long for another, `least` to `most` rows in each.
 template <class Batch>
-int64_t cut_tokens(const Batch &batch, int64_t least, int64_t most) {
+int64_t cut_tokens(const Batch& batch, int64_t least, int64_t most) {
   constexpr int64_t PIECES = 4;  // for each thread
   const int64_t parts = std::max<int64_t>(1, PIECES * batch.threads / std::max<int64_t>(1, batch.batch * batch.heads));
   const int64_t tokens = (batch.tokens + parts - 1) / parts;
@@ -27,7 +27,7 @@ int64_t cut_tokens(const Batch &batch, int64_t least, int64_t most) {
 class Pieces {
  public:
   template <class Batch>
-  Pieces(const Batch &batch, int64_t tokens)
+  Pieces(const Batch& batch, int64_t tokens)
       : heads_(batch.heads),
         all_heads_(batch.batch * batch.heads),
         all_tokens_(batch.tokens),

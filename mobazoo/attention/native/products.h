@@ -1,4 +1,4 @@
-// Small matrix products in registers, of words: a float, or two bfloat16 that the processor multiplies and adds at once.
+// Small matrix products in registers, of words: a float, or two bfloat16 that are multiplied and added at once.
 
 #pragma once
 
@@ -19,10 +19,10 @@ inline float wide(Bfloat16 x) {
   return y;
 }
 
-inline void narrow(float x, float &y) { y = x; }
+inline void narrow(float x, float& y) { y = x; }
 
 // Rounded to the nearest, to even between two; what is no number stays none.
-inline void narrow(float x, Bfloat16 &y) {
+inline void narrow(float x, Bfloat16& y) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -63,8 +63,8 @@ constexpr int ROW_UNIT = 2;  // rows are computed two at least
 
 // c [R, V * LANES] (+)= a [R, depth] b [depth, V * LANES], a's rows `a_row` and its columns `a_step` apart.
 template <class Number, int R, int V, bool FRESH>
-inline void product(const typename Number::Word *a, int64_t a_row, int64_t a_step, const typename Number::Word *b,
-                    int64_t b_step, int64_t depth, float *c, int64_t c_step) {
+inline void product(const typename Number::Word* a, int64_t a_row, int64_t a_step, const typename Number::Word* b,
+                    int64_t b_step, int64_t depth, float* c, int64_t c_step) {
   Floats sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
@@ -93,7 +93,7 @@ inline void product(const typename Number::Word *a, int64_t a_row, int64_t a_ste
 template <class Number>
 struct Vectors : Number {
   typedef typename Number::Word Word;
-  static constexpr int ROWS = 24;                       // queries of a tile
+  static constexpr int ROWS = 48;                       // queries of a tile
   static constexpr int WORDS = LANES, COLUMNS = LANES;  // words of a row, and columns of a product, are multiples
   static constexpr int DEPTH = Number::PAIR;            // and rows that a product sums over
   static constexpr bool TURNED = false;                 // a's columns may be farther apart than its rows
@@ -105,8 +105,8 @@ struct Vectors : Number {
 
   // c [rows, columns] (+)= a [rows, depth] b [depth, columns]; one row more may be read and written.
   template <bool FRESH>
-  static void multiply(int64_t rows, const Word *a, int64_t a_row, int64_t a_step, const Word *b, int64_t b_step,
-                       int64_t depth, int64_t columns, float *c, int64_t c_step) {
+  static void multiply(int64_t rows, const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t b_step,
+                       int64_t depth, int64_t columns, float* c, int64_t c_step) {
     int64_t j = 0;
     for (; MOST_VECTORS > 2 && j + 4 * LANES <= columns; j += 4 * LANES) {
       strip<MOST_VECTORS, FRESH>(rows, a, a_row, a_step, b + j, b_step, depth, c + j, c_step);
@@ -119,8 +119,8 @@ struct Vectors : Number {
 
  private:
   template <int V, bool FRESH>
-  static void strip(int64_t rows, const Word *a, int64_t a_row, int64_t a_step, const Word *b, int64_t b_step,
-                    int64_t depth, float *c, int64_t c_step) {
+  static void strip(int64_t rows, const Word* a, int64_t a_row, int64_t a_step, const Word* b, int64_t b_step,
+                    int64_t depth, float* c, int64_t c_step) {
     int64_t i = 0;
     for (; i + MOST_ROWS <= rows; i += MOST_ROWS) {
       product<Number, MOST_ROWS, V, FRESH>(a + i * a_row, a_row, a_step, b, b_step, depth, c + i * c_step, c_step);

@@ -39,28 +39,28 @@ constexpr int64_t CACHE_LINE = 64;
 inline int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
 template <class Vector = Floats>
-MOBA_INLINE Vector load(const void *from) {
+MOBA_INLINE Vector load(const void* from) {
   Vector x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
 
 template <class Vector>
-MOBA_INLINE void store(void *to, Vector x) {
+MOBA_INLINE void store(void* to, Vector x) {
   std::memcpy(to, &x, sizeof x);
 }
 
 MOBA_INLINE Floats splat(float x) { return x - Floats{}; }
 
 // `count` numbers of 32 bits, a multiple of LANES.
-MOBA_INLINE void copy(const void *from, int64_t count, void *to) {
-  const float *source = static_cast<const float *>(from);
-  float *target = static_cast<float *>(to);
+MOBA_INLINE void copy(const void* from, int64_t count, void* to) {
+  const float* source = static_cast<const float*>(from);
+  float* target = static_cast<float*>(to);
   for (int64_t i = 0; i < count; i += LANES) store(target + i, load(source + i));
 }
 
-MOBA_INLINE void expect(const void *row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += CACHE_LINE) __builtin_prefetch(static_cast<const char *>(row) + at);
+MOBA_INLINE void expect(const void* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += CACHE_LINE) __builtin_prefetch(static_cast<const char*>(row) + at);
 }
 
 inline bool any(Ints yes) {
@@ -111,11 +111,11 @@ MOBA_INLINE float sum_of(Floats x) {
   return x[0];
 }
 
-// 2 ** x for x up to 0 and a little beyond, 0 below -125; what is no number stays none. EXACT to the last bit or two, else
-// to 4e-6, as much as is left of it in bfloat16, and for numbers that come from products of bfloat16 only.
+// 2 ** x for x up to 0 and a little beyond, 0 below -125; what is no number stays none. EXACT to the last bit or two,
+// else to 4e-6, as much as is left of it in bfloat16, and for numbers that come from products of bfloat16 only.
 template <bool EXACT>
 MOBA_INLINE Floats exp2_of(Floats x) {
-  constexpr float ROUNDS = 12582912.0f;  // 1.5 * 2 ** 23: a float beside it has no fraction
+  constexpr float ROUNDS = 12582912.0f;                          // 1.5 * 2 ** 23: a float beside it has no fraction
   const Floats whole = x + ROUNDS, rest = x - (whole - ROUNDS);  // rest in -0.5 .. 0.5
   // Taylor's coefficients log(2) ** n / n!, bent towards the smallest largest error.
   Floats power;
@@ -146,7 +146,7 @@ MOBA_INLINE Ints mixed(Ints a, Ints b, std::index_sequence<I...>) {
 }
 
 template <int H>
-MOBA_INLINE void swap_corners(Ints *x) {
+MOBA_INLINE void swap_corners(Ints* x) {
   constexpr auto all = std::make_index_sequence<LANES>();
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) {
@@ -158,17 +158,17 @@ MOBA_INLINE void swap_corners(Ints *x) {
 }
 
 // LANES rows of LANES words of 32 bits, whatever they hold: rows become columns.
-MOBA_INLINE void transpose(Ints *x) {
+MOBA_INLINE void transpose(Ints* x) {
   if constexpr (LANES > 8) swap_corners<8>(x);
   if constexpr (LANES > 4) swap_corners<4>(x);
   swap_corners<2>(x);
   swap_corners<1>(x);
 }
 
-// From `rows` rows of `words` words, `from_step` apart, to `words` rows of `rows`; words and rows are multiples of LANES.
-inline void transpose(const void *from, int64_t rows, int64_t words, int64_t from_step, void *to, int64_t to_step) {
-  const int32_t *source = static_cast<const int32_t *>(from);
-  int32_t *target = static_cast<int32_t *>(to);
+// From `rows` rows of `words` words, `from_step` apart, to `words` rows of `rows`; both are multiples of LANES.
+inline void transpose(const void* from, int64_t rows, int64_t words, int64_t from_step, void* to, int64_t to_step) {
+  const int32_t* source = static_cast<const int32_t*>(from);
+  int32_t* target = static_cast<int32_t*>(to);
   for (int64_t r = 0; r < rows; r += LANES) {
     for (int64_t w = 0; w < words; w += LANES) {
       Ints x[LANES];

@@ -15,16 +15,16 @@ class Walk {
  public:
   // Calls `lay(slot, count)` for runs of keys, and after each `read(readers)` for those who see some of them.
   template <class Work>
-  void operator()(const Batch &batch, const Piece &piece, Work &work, Clock &clock) {
+  void operator()(const Batch& batch, const Piece& piece, Work& work, Clock& clock) {
     clock.only(OWN);
     own(batch, piece, work);
     clock.only(STAGES);
     if (batch.reads == 0 || batch.blocks == 0) return;
     clock.to(SORT);
     if (batch.index_bytes == 2) {
-      sort(batch, piece, static_cast<const int16_t *>(batch.index));
+      sort(batch, piece, static_cast<const int16_t*>(batch.index));
     } else {
-      sort(batch, piece, static_cast<const int32_t *>(batch.index));
+      sort(batch, piece, static_cast<const int32_t*>(batch.index));
     }
     routed(batch, piece, work);
   }
@@ -32,9 +32,9 @@ class Walk {
  private:
   // Own blocks, or own documents: every query reads them up to itself.
   template <class Work>
-  void own(const Batch &batch, const Piece &piece, Work &work) {
-    const int32_t *doc = batch.doc + piece.row * batch.doc_at + batch.first;  // of tokens from here on
-    const int32_t *pos = batch.pos + piece.row * batch.pos_at + batch.first;
+  void own(const Batch& batch, const Piece& piece, Work& work) {
+    const int32_t* doc = batch.doc + piece.row * batch.doc_at + batch.first;  // of tokens from here on
+    const int32_t* pos = batch.pos + piece.row * batch.pos_at + batch.first;
     for (int64_t begin = piece.begin, end; begin < piece.end; begin = end) {
       end = begin + 1;
       if (doc[begin] < 0) continue;
@@ -60,14 +60,14 @@ class Walk {
 
   // Rows in order of the blocks that they read, ascending inside one: a counting sort.
   template <class Index>
-  void sort(const Batch &batch, const Piece &piece, const Index *index) {
-    const int32_t *doc = batch.doc + piece.row * batch.doc_at + batch.first;
+  void sort(const Batch& batch, const Piece& piece, const Index* index) {
+    const int32_t* doc = batch.doc + piece.row * batch.doc_at + batch.first;
     edges_.assign(batch.blocks + 1, 0);
     for (int pass = 0; pass < 2; pass++) {
       for (int64_t t = piece.begin; t < piece.end; t++) {
         if (doc[t] < 0) continue;
         for (int64_t g = 0; g < batch.group; g++) {
-          const Index *chosen = index + (batch.query_head(piece.row, piece.head, g) * batch.tokens + t) * batch.reads;
+          const Index* chosen = index + (batch.query_head(piece.row, piece.head, g) * batch.tokens + t) * batch.reads;
           const int32_t row = static_cast<int32_t>((t - piece.begin) * batch.group + g);
           for (int64_t i = 0; i < batch.reads; i++) {
             const int64_t block = chosen[i];
@@ -90,8 +90,8 @@ class Walk {
 
   // Other blocks, each read whole by those who chose it.
   template <class Work>
-  void routed(const Batch &batch, const Piece &piece, Work &work) {
-    const int32_t *start = batch.start + piece.row * batch.start_at;
+  void routed(const Batch& batch, const Piece& piece, Work& work) {
+    const int32_t* start = batch.start + piece.row * batch.start_at;
     for (int64_t block = 0; block < batch.blocks; block++) {
       const int64_t readers = edges_[block + 1] - edges_[block];
       if (readers == 0) continue;
