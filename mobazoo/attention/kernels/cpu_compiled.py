@@ -30,6 +30,8 @@ STAGES = ("own blocks", "sort", "lay out keys", "gather", "routed kernel", "merg
 
 
 class Strides(Structure):
+    """``Strides`` of attention.h."""
+
     _fields_ = [(name, c_int64) for name in ("row", "head", "token")]
 
 
