@@ -44,17 +44,16 @@ class Forward {
 
  private:
   void tile(const Readers& some, const Running<A>& known) {
-    float top[A::ROWS + LANES] = {}, total[A::ROWS];
+    alignas(CACHE_LINE) float top[A::ROWS], total[A::ROWS];
+    std::fill_n(top, A::ROWS, -INFINITE);
+    std::fill_n(total, A::ROWS, 0.0f);
     clock_.to(GATHER);
     for (int64_t i = 0; i < some.count; i++) {
       const int64_t row = some.rows[i];
       if (i + AHEAD < some.count) {
-        const int64_t later = some.rows[i + AHEAD];
-        expect(known.queries + later * width_.words, width_.words * sizeof(Word));
-        expect(known.sums + later * width_.numbers, width_.numbers * sizeof(float));
+        expect(known.queries + some.rows[i + AHEAD] * width_.words, width_.words * sizeof(Word));
       }
       copy(known.queries + row * width_.words, width_.words, queries_ + i * width_.words);
-      copy(known.sums + row * width_.numbers, width_.numbers, sums_ + i * width_.numbers);
       top[i] = known.top[row];
       total[i] = known.total[row];
     }
@@ -64,63 +63,95 @@ class Forward {
       if (most <= 0) break;
       A::template multiply<true>(some.count, queries_, width_.words, 1, keys_.columns(at), STEP, width_.words, columns,
                                  scores_, STEP);
-      soften(some, at, columns, top, total);
-      A::template multiply<false>(some.count, weights_, STEP, 1, values_.rows(at), width_.numbers, columns / A::PAIR,
-                                  width_.numbers, sums_, width_.numbers);
+      soften(some, at, columns, top, total, known);
+      const auto multiply = at == 0 ? A::template multiply<true> : A::template multiply<false>;
+      multiply(some.count, weights_, STEP, 1, values_.rows(at), width_.numbers, columns / A::PAIR, width_.numbers,
+               sums_, width_.numbers);
     }
     clock_.to(MERGE);
     for (int64_t i = 0; i < some.count; i++) {
       const int64_t row = some.rows[i];
-      copy(sums_ + i * width_.numbers, width_.numbers, known.sums + row * width_.numbers);
+      if (i + AHEAD < some.count) {
+        expect(known.sums + some.rows[i + AHEAD] * width_.numbers, width_.numbers * sizeof(float));
+      }
+      const float* more = sums_ + i * width_.numbers;
+      float* sums = known.sums + row * width_.numbers;
+      for (int64_t d = 0; d < width_.numbers; d += LANES) store(sums + d, load(sums + d) + load(more + d));
       known.top[row] = top[i];
       known.total[row] = total[i];
     }
   }
 
-  // Scores of a chunk become weights beside the largest score so far; sums and totals follow it.
-  void soften(const Readers& some, int64_t at, int64_t columns, float* top, float* total) {
-    float shrink[A::ROWS + LANES];
-    for (int64_t i = 0; i < some.count; i++) {
-      const float* scores = scores_ + i * STEP;
-      const int64_t seen = std::min(some.seen[i] - at, columns);
-      Floats most = splat(-INFINITE);
-      int64_t j = 0;
-      for (; j + LANES <= seen; j += LANES) most = larger(load(scores + j), most);
-      if (j < seen) most = larger(visible(load(scores + j), seen - j, -INFINITE), most);
-      shrink[i] = top[i];
-      top[i] = std::max(top[i], largest_of(most) * scale_);
-    }
-    for (int64_t i = 0; i < some.count; i += LANES) {
-      const Floats now = load(top + i);  // minus infinity where every score is: nothing shrinks, and weights are 0
-      store(shrink + i, exp2_of<true>(load(shrink + i) - (now == -INFINITE ? Floats{} : now)));
-    }
-    for (int64_t i = 0; i < some.count; i++) {
-      const float* scores = scores_ + i * STEP;
-      Word* weights = weights_ + i * STEP;
-      const int64_t seen = std::min(some.seen[i] - at, columns);
-      const Floats base = splat(top[i] == -INFINITE ? 0.0f : top[i]);
-      const auto weight = [&](int64_t j) __attribute__((always_inline)) {
-        return exp2_of<A::EXACT>(load(scores + j) * scale_ - base);
-      };
-      Floats sum = {}, more = {};
-      int64_t j = 0;
-      for (; j + 2 * LANES <= seen; j += 2 * LANES) {
-        const Floats first = weight(j), second = weight(j + LANES);
-        sum += first;
-        more += second;
-        put_numbers(first, second, j, weights);
+  // Scores of a chunk become weights beside a row's top. That is the largest score so far, or one that it is not far
+  // above: only then do sums and totals have to follow it.
+  void soften(const Readers& some, int64_t at, int64_t columns, float* top, float* total, const Running<A>& known) {
+    constexpr float FAR = 8;  // weights are up to 2 ** FAR
+    for (int64_t from = 0; from < some.count; from += LANES) {
+      const int64_t rows = std::min<int64_t>(LANES, some.count - from);
+      const int32_t* seen = some.seen + from;
+      Floats most[LANES], sums[LANES] = {};
+      for (int64_t i = 0; i < LANES; i++) {
+        most[i] = i < rows ? largest(from + i, std::min(seen[i] - at, columns)) : splat(-INFINITE);
       }
-      for (; j < columns; j += 2 * LANES) {
-        const Floats first = visible(weight(j), seen - j, 0.0f),
-                     second = visible(weight(j + LANES), seen - j - LANES, 0.0f);
-        sum += first;
-        more += second;
-        put_numbers(first, second, j, weights);
+      const Floats found = across(most, [](Floats a, Floats b) { return larger(a, b); }) * scale_;
+      Floats now = load(top + from);
+      if (any(found > now + FAR)) {
+        const Floats before = now;
+        now = found > before + FAR ? found : before;
+        const Floats shrink = exp2_of<true>(before - now);
+        for (int64_t i = 0; i < rows; i++) {
+          if (now[i] == before[i]) continue;
+          scale(known.sums + some.rows[from + i] * width_.numbers, shrink[i]);
+          if (at > 0) scale(sums_ + (from + i) * width_.numbers, shrink[i]);
+          total[from + i] *= shrink[i];
+        }
+        store(top + from, now);
       }
-      total[i] = total[i] * shrink[i] + sum_of(sum + more);
-      float* sums = sums_ + i * width_.numbers;
-      for (int64_t d = 0; d < width_.numbers; d += LANES) store(sums + d, load(sums + d) * shrink[i]);
+      const Floats base = now == -INFINITE ? Floats{} : now;  // where every score is: weights are 0
+      for (int64_t i = 0; i < rows; i++) {
+        sums[i] = weigh(from + i, std::min(seen[i] - at, columns), columns, base[i]);
+      }
+      store(total + from, load(total + from) + across(sums, [](Floats a, Floats b) { return a + b; }));
     }
+  }
+
+  void scale(float* sums, float by) const {
+    for (int64_t d = 0; d < width_.numbers; d += LANES) store(sums + d, load(sums + d) * by);
+  }
+
+  // Maxima over the columns that a row may see, in no order.
+  MOBA_INLINE Floats largest(int64_t row, int64_t seen) const {
+    const float* scores = scores_ + row * STEP;
+    Floats most = splat(-INFINITE);
+    int64_t j = 0;
+    for (; j + LANES <= seen; j += LANES) most = larger(load(scores + j), most);
+    if (j < seen) most = larger(visible(load(scores + j), seen - j, -INFINITE), most);
+    return most;
+  }
+
+  // Writes a row's weights, and returns their sums, in no order.
+  MOBA_INLINE Floats weigh(int64_t row, int64_t seen, int64_t columns, float base) {
+    const float* scores = scores_ + row * STEP;
+    Word* weights = weights_ + row * STEP;
+    const auto weight = [&](int64_t j) __attribute__((always_inline)) {
+      return exp2_of<A::EXACT>(load(scores + j) * scale_ - base);
+    };
+    Floats sum = {}, more = {};
+    int64_t j = 0;
+    for (; j + 2 * LANES <= seen; j += 2 * LANES) {
+      const Floats first = weight(j), second = weight(j + LANES);
+      sum += first;
+      more += second;
+      put_numbers(first, second, j, weights);
+    }
+    for (; j < columns; j += 2 * LANES) {
+      const Floats first = visible(weight(j), seen - j, 0.0f),
+                   second = visible(weight(j + LANES), seen - j - LANES, 0.0f);
+      sum += first;
+      more += second;
+      put_numbers(first, second, j, weights);
+    }
+    return sum + more;
   }
 
   Width<A> width_;

@@ -77,11 +77,6 @@ inline bool any(Ints yes) {
 #endif
 }
 
-template <int H, std::size_t... I>
-MOBA_INLINE Floats swapped(Floats x, std::index_sequence<I...>) {
-  return __builtin_shufflevector(x, x, (I ^ H)...);
-}
-
 // The larger of two, or the second where one is no number.
 MOBA_INLINE Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)  // where compilers take two instructions for what one does
@@ -91,24 +86,6 @@ MOBA_INLINE Floats larger(Floats a, Floats b) {
 #else
   return a > b ? a : b;
 #endif
-}
-
-MOBA_INLINE float largest_of(Floats x) {
-  constexpr auto all = std::make_index_sequence<LANES>();
-  if constexpr (LANES > 8) x = larger(swapped<8>(x, all), x);
-  if constexpr (LANES > 4) x = larger(swapped<4>(x, all), x);
-  x = larger(swapped<2>(x, all), x);
-  x = larger(swapped<1>(x, all), x);
-  return x[0];
-}
-
-MOBA_INLINE float sum_of(Floats x) {
-  constexpr auto all = std::make_index_sequence<LANES>();
-  if constexpr (LANES > 8) x += swapped<8>(x, all);
-  if constexpr (LANES > 4) x += swapped<4>(x, all);
-  x += swapped<2>(x, all);
-  x += swapped<1>(x, all);
-  return x[0];
 }
 
 // 2 ** x for x up to 0 and a little beyond, 0 below -125; what is no number stays none. EXACT to the last bit or two,
@@ -155,6 +132,26 @@ MOBA_INLINE void swap_corners(Ints* x) {
     x[i] = mixed<H, false>(a, b, all);
     x[i + H] = mixed<H, true>(a, b, all);
   }
+}
+
+template <int H, class Both>
+MOBA_INLINE void halve(Floats* x, const Both& both) {
+  constexpr auto all = std::make_index_sequence<LANES>();
+#pragma GCC unroll 8
+  for (int i = 0; i < H; i++) {
+    const Ints a = (Ints)x[i], b = (Ints)x[i + H];
+    x[i] = both((Floats)mixed<H, false>(a, b, all), (Floats)mixed<H, true>(a, b, all));
+  }
+}
+
+// What becomes of each of LANES vectors when both(a, b) takes its numbers together, such as their sums; x is used up.
+template <class Both>
+MOBA_INLINE Floats across(Floats* x, const Both& both) {
+  if constexpr (LANES > 8) halve<8>(x, both);
+  if constexpr (LANES > 4) halve<4>(x, both);
+  halve<2>(x, both);
+  halve<1>(x, both);
+  return x[0];
 }
 
 // LANES rows of LANES words of 32 bits, whatever they hold: rows become columns.
