@@ -14,7 +14,7 @@ from mobazoo.attention.blocks import UNUSED, Centroids
 from mobazoo.attention.gates import TORCH, TRITON, check_by
 from mobazoo.attention.heap import keep_heap
 from mobazoo.attention.lanes import LEAST_QUERIES, Piece, share, spread
-from mobazoo.attention.native import library
+from mobazoo.attention.native import gate, library
 from mobazoo.attention.pattern import MoBA
 from mobazoo.attention.segments import Segments
 from mobazoo.attention.selection import RUN, choose
@@ -151,7 +151,7 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str 
         return index
     if q.device.type == "cpu" and library() is not None:
         index = torch.empty(batch, hq, length, k, dtype=_index_dtype(n))
-        import_module("mobazoo.attention.kernels.cpu_gate").choose(q, mean, first, stop, index)
+        gate.choose(q, mean, first, stop, index)
         return index
     # Whoever may read k blocks or fewer reads them all, the most recent first; only the others choose.
     recent = stop[..., None] - 1 - torch.arange(k, device=q.device)  # [B, T, k]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention.kernels import cpu_compiled
-from mobazoo.attention.kernels.cpu_compiled import BFLOAT16, BFLOAT16_BY_FLOAT32, BFLOAT16_BY_VECTORS, FLOAT32, STAGES
+from mobazoo.attention.kernels.cpu_compiled import STAGES
 from mobazoo.attention.kernels.layout import Layout
-from mobazoo.attention.native import library
+from mobazoo.attention.native import arguments, library
+from mobazoo.attention.native.arguments import BFLOAT16, BFLOAT16_BY_FLOAT32, BFLOAT16_BY_VECTORS, FLOAT32
 from mobazoo.attention.routing import Routes
 from tests.attention.parity.cases import FULL, SPARSE
 from tests.factories import Case, Inputs, documents, inputs, oracle, padding, random_routes, run, segments_of
@@ -53,7 +54,7 @@ PIECES = Case(((450, -13, 137),), 50, 3, 32, 1, 16)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """The dtype of an arithmetic, which then is what serves it."""
     dtype, number = ARITHMETIC[request.param]
-    monkeypatch.setitem(cpu_compiled.ARITHMETIC, dtype, number)
+    monkeypatch.setitem(arguments.ARITHMETIC, dtype, number)
     return dtype
 
 

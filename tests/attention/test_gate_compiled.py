@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobazoo.attention.kernels import cpu_compiled, cpu_gate
-from mobazoo.attention.kernels.cpu_compiled import BFLOAT16, BFLOAT16_BY_FLOAT32, BFLOAT16_BY_VECTORS
-from mobazoo.attention.native import library
+from mobazoo.attention.native import arguments, gate, library
+from mobazoo.attention.native.arguments import BFLOAT16, BFLOAT16_BY_FLOAT32, BFLOAT16_BY_VECTORS
 from tests.factories import ranked
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
@@ -29,7 +28,7 @@ ARITHMETIC = {
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     dtype, by = ARITHMETIC[request.param]
     if by is not None:
-        monkeypatch.setitem(cpu_compiled.ARITHMETIC, dtype, by)
+        monkeypatch.setitem(arguments.ARITHMETIC, dtype, by)
     return dtype
 
 
@@ -97,7 +96,7 @@ def test_chooses_as_sorting_would(name: str, kind: str, dtype: torch.dtype) -> N
     first, stop = ranges(shape)
     for k in READS:
         kept = torch.full((*q.shape[:2], shape.tokens + 2, k), -7, dtype=torch.int32 if k % 2 else torch.int16)
-        cpu_gate.choose(q, mean, first, stop, kept[:, :, 1:-1])
+        gate.choose(q, mean, first, stop, kept[:, :, 1:-1])
         assert (kept[:, :, [0, -1]] == -7).all()
         assert kept[:, :, 1:-1].flatten(0, 2).tolist() == wanted(q, mean, first, stop, k), k
 
@@ -108,7 +107,7 @@ def test_scores_are_of_float32(dtype: torch.dtype) -> None:
     q, mean = torch.randn(2, 4, 130, 128).to(dtype), torch.randn(2, 2, 700, 128).to(dtype)
     stop = torch.arange(570, 700).expand(2, -1)
     index = torch.empty(2, 4, 130, 7, dtype=torch.int16)
-    cpu_gate.choose(q, mean, torch.zeros_like(stop), stop, index)
+    gate.choose(q, mean, torch.zeros_like(stop), stop, index)
     scores = q.double() @ mean.double().repeat_interleave(2, 1).mT
     scores = scores.masked_fill(torch.arange(700) >= stop[:, None, :, None], -torch.inf)
     torch.testing.assert_close(scores.gather(3, index.long()), scores.topk(7).values, rtol=0, atol=1e-4)
@@ -124,7 +123,7 @@ def test_threads_take_every_piece_once(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        cpu_gate.choose(q, mean, first, stop, index)
+        gate.choose(q, mean, first, stop, index)
     finally:
         torch.set_num_threads(before)
     assert shape.tokens * shape.group * shape.hkv > 512 * threads, "one piece"
@@ -135,9 +134,9 @@ def test_widened_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     q, mean = numbers("normal", 2, 4, 90, 8), numbers("normal", 2, 2, 30, 8)
     first, stop = ranges(Shape(2, 2, 2, 90, 30, 8))
     want, got = (torch.empty(2, 4, 90, 5, dtype=torch.int16) for _ in range(2))
-    cpu_gate.choose(q, mean, first, stop, want)
-    monkeypatch.setattr(cpu_gate, "_WIDE", 2048)
-    cpu_gate.choose(q.double(), mean.double(), first, stop, got)
+    gate.choose(q, mean, first, stop, want)
+    monkeypatch.setattr(gate, "_WIDE", 2048)
+    gate.choose(q.double(), mean.double(), first, stop, got)
     assert torch.equal(got, want)
 
 
@@ -147,4 +146,4 @@ def test_says_when_memory_is_short() -> None:
     span = torch.zeros(1, 4, dtype=torch.int64)
     index = torch.empty(1, dtype=torch.int16).expand(1, 1, 4, 1 << 49)
     with pytest.raises(MemoryError, match="fewer threads"):
-        cpu_gate.choose(q, mean, span, span, index)
+        gate.choose(q, mean, span, span, index)

@@ -17,22 +17,13 @@ from torch import Tensor
 from mobazoo.attention.heap import keep_heap
 from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.native import library
+from mobazoo.attention.native.arguments import ARITHMETIC, Strides
 
 # Threads that share a key head in the backward, each with sums of its own for its gradients.
 _MOST_SUMS = 4
 
-# What multiplies: float32, or bfloat16 as the processor does it best. Tests ask for the others.
-FLOAT32, BFLOAT16, BFLOAT16_BY_VECTORS, BFLOAT16_BY_FLOAT32 = range(4)
-ARITHMETIC = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-
 # Stages of a pass, as clock.h has them.
 STAGES = ("own blocks", "sort", "lay out keys", "gather", "routed kernel", "merge", "the rest")
-
-
-class Strides(Structure):
-    """``Strides`` of attention.h."""
-
-    _fields_ = [(name, c_int64) for name in ("row", "head", "token")]
 
 
 class _Batch(Structure):
@@ -117,7 +108,7 @@ def _run(name: str, layout: Layout, scale: float, parts: int, spent: Tensor | No
     for each, x in tensors.items():
         setattr(batch, each, x.data_ptr())
         if each in ("q", "k", "v", "dout"):
-            setattr(batch, f"{each}_at", Strides(*x.stride()[:3]))
+            setattr(batch, f"{each}_at", Strides.of(x))
     keep_heap()
     if getattr(library(), name)(byref(batch), ARITHMETIC[q.dtype]):
         raise MemoryError("attend: no memory left for what a thread of the CPU schedule holds; use fewer threads")

@@ -78,7 +78,7 @@ class Backward {
         copy(from + some.rows[i] * width.words, width.words, rows + i * width.words);
       }
       std::memset(rows + some.count * width.words, 0, (full - some.count) * width.words * sizeof(Word));
-      if constexpr (A::PAIR > 1) put_paired(rows, full, width.words, width.numbers, paired);
+      if constexpr (A::PAIR > 1) put_paired(rows, width.words, full, width.numbers, paired);
       if constexpr (A::TURNED) {
         transpose(paired, full / A::PAIR, width.numbers, width.numbers, turned, A::ROWS / A::PAIR);
       }

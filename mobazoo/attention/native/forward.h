@@ -61,9 +61,12 @@ class Forward {
     for (int64_t at = 0; at < width_.keys; at += CHUNK) {
       const int64_t most = widest(some, at), columns = round_up(most, A::COLUMNS);
       if (most <= 0) break;
-      A::template multiply<true>(some.count, queries_, width_.words, 1, keys_.columns(at), STEP, width_.words, columns,
-                                 scores_, STEP);
-      soften(some, at, columns, top, total, known);
+      for (int64_t from = 0; from < some.count; from += A::SCORED) {  // so few that their scores stay in cache
+        const int64_t rows = std::min<int64_t>(A::SCORED, some.count - from);
+        A::template multiply<true>(rows, queries_ + from * width_.words, width_.words, 1, keys_.columns(at), STEP,
+                                   width_.words, columns, scores_, STEP);
+        soften(some, from, from + rows, at, columns, top, total, known);
+      }
       const auto multiply = at == 0 ? A::template multiply<true> : A::template multiply<false>;
       multiply(some.count, weights_, STEP, 1, values_.rows(at), width_.numbers, columns / A::PAIR, width_.numbers,
                sums_, width_.numbers);
@@ -84,14 +87,15 @@ class Forward {
 
   // Scores of a chunk become weights beside a row's top. That is the largest score so far, or one that it is not far
   // above: only then do sums and totals have to follow it.
-  void soften(const Readers& some, int64_t at, int64_t columns, float* top, float* total, const Running<A>& known) {
+  void soften(const Readers& some, int64_t begin, int64_t end, int64_t at, int64_t columns, float* top, float* total,
+              const Running<A>& known) {
     constexpr float FAR = 8;  // weights are up to 2 ** FAR
-    for (int64_t from = 0; from < some.count; from += LANES) {
-      const int64_t rows = std::min<int64_t>(LANES, some.count - from);
+    for (int64_t from = begin; from < end; from += LANES) {
+      const int64_t rows = std::min<int64_t>(LANES, end - from);
       const int32_t* seen = some.seen + from;
       Floats most[LANES], sums[LANES] = {};
       for (int64_t i = 0; i < LANES; i++) {
-        most[i] = i < rows ? largest(from + i, std::min(seen[i] - at, columns)) : splat(-INFINITE);
+        most[i] = i < rows ? largest(from - begin + i, std::min(seen[i] - at, columns)) : splat(-INFINITE);
       }
       const Floats found = across(most, [](Floats a, Floats b) { return larger(a, b); }) * scale_;
       Floats now = load(top + from);
@@ -109,7 +113,7 @@ class Forward {
       }
       const Floats base = now == -INFINITE ? Floats{} : now;  // where every score is: weights are 0
       for (int64_t i = 0; i < rows; i++) {
-        sums[i] = weigh(from + i, std::min(seen[i] - at, columns), columns, base[i]);
+        sums[i] = weigh(from - begin + i, from + i, std::min(seen[i] - at, columns), columns, base[i]);
       }
       store(total + from, load(total + from) + across(sums, [](Floats a, Floats b) { return a + b; }));
     }
@@ -130,8 +134,8 @@ class Forward {
   }
 
   // Writes a row's weights, and returns their sums, in no order.
-  MOBA_INLINE Floats weigh(int64_t row, int64_t seen, int64_t columns, float base) {
-    const float* scores = scores_ + row * STEP;
+  MOBA_INLINE Floats weigh(int64_t scored, int64_t row, int64_t seen, int64_t columns, float base) {
+    const float* scores = scores_ + scored * STEP;
     Word* weights = weights_ + row * STEP;
     const auto weight = [&](int64_t j) __attribute__((always_inline)) {
       return exp2_of<A::EXACT>(load(scores + j) * scale_ - base);

@@ -9,7 +9,7 @@
 namespace moba {
 namespace {
 
-// What Python hands over: `_Gate` in kernels/cpu_gate.py, field for field.
+// What Python hands over: `_Gate` in gate.py, field for field.
 struct Gate {
   const void *q, *mean;         // [B, Hq, T, D] and [B, Hkv, N, D]
   const int64_t *first, *stop;  // [B, T]: a query may choose among blocks first .. stop - 1; neither decreases

@@ -60,12 +60,13 @@ inline void pair_rows(const int32_t* first, const int32_t* second, int64_t numbe
   for (int64_t d = 0; d < numbers; d++) to[d] = static_cast<int32_t>(a[d] | static_cast<uint32_t>(b[d]) << 16);
 }
 
-inline void put_paired(const float* rows, int64_t count, int64_t words, int64_t numbers, float* to) {
-  std::memcpy(to, rows, 4 * count * words);
+inline void put_paired(const float* rows, int64_t step, int64_t count, int64_t numbers, float* to) {
+  for (int64_t i = 0; i < count; i++) copy(rows + i * step, numbers, to + i * numbers);
 }
-inline void put_paired(const int32_t* rows, int64_t count, int64_t words, int64_t numbers, int32_t* to) {
-  for (int64_t i = 0; i < count; i += 2)
-    pair_rows(rows + i * words, rows + (i + 1) * words, numbers, to + i / 2 * numbers);
+inline void put_paired(const int32_t* rows, int64_t step, int64_t count, int64_t numbers, int32_t* to) {
+  for (int64_t i = 0; i < count; i += 2) {
+    pair_rows(rows + i * step, rows + (i + 1) * step, numbers, to + i / 2 * numbers);
+  }
 }
 
 // 2 * LANES numbers as words of a row, from number `at` on.
@@ -105,14 +106,22 @@ class Laid {
   template <class Element>
   void lay(const Element* from, int64_t step, int64_t count) {
     const int64_t full = round_up(count, A::COLUMNS);
-    for (int64_t i = 0; i < count; i++) put_row(from + i * step, width_.dim, given_ + i * width_.words);
-    std::memset(given_ + count * width_.words, 0, (full - count) * width_.words * sizeof(Word));
+    const Word* rows = given_;
+    int64_t rows_step = width_.words;
+    if (sizeof(Word) == A::PAIR * sizeof(Element) && width_.dim == width_.numbers && count == full &&
+        step % A::PAIR == 0) {  // words already, and nothing to fill up
+      rows = reinterpret_cast<const Word*>(from);
+      rows_step = step / A::PAIR;
+    } else {
+      for (int64_t i = 0; i < count; i++) put_row(from + i * step, width_.dim, given_ + i * width_.words);
+      std::memset(given_ + count * width_.words, 0, (full - count) * width_.words * sizeof(Word));
+    }
     for (int64_t at = 0; columns_ != nullptr && at < full; at += CHUNK) {
       const int64_t some = std::min(CHUNK, full - at);
-      transpose(given_ + at * width_.words, some, width_.words, width_.words,
-                columns_ + at / CHUNK * width_.words * STEP, STEP);
+      transpose(rows + at * rows_step, some, width_.words, rows_step, columns_ + at / CHUNK * width_.words * STEP,
+                STEP);
     }
-    if (rows_ != nullptr) put_paired(given_, full, width_.words, width_.numbers, rows_);
+    if (rows_ != nullptr) put_paired(rows, rows_step, full, width_.numbers, rows_);
   }
 
   const Word* columns(int64_t at) const { return columns_ + at / CHUNK * width_.words * STEP; }

@@ -94,6 +94,7 @@ template <class Number>
 struct Vectors : Number {
   typedef typename Number::Word Word;
   static constexpr int ROWS = 48;                       // queries of a tile
+  static constexpr int SCORED = ROWS;                   // of them, those whose scores are made at once
   static constexpr int WORDS = LANES, COLUMNS = LANES;  // words of a row, and columns of a product, are multiples
   static constexpr int DEPTH = Number::PAIR;            // and rows that a product sums over
   static constexpr bool TURNED = false;                 // a's columns may be farther apart than its rows

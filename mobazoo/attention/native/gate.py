@@ -1,4 +1,4 @@
-"""The gate on a CPU as one call of compiled code (``attention/native/gate.cpp``), which torch's threads share.
+"""The gate on a CPU as one call of compiled code (gate.cpp), which torch's threads share.
 
 A thread takes pieces: some thousand query rows of one key head. Centroids are laid out for products 512 at a time, and
 the scores of a tile of queries with them stay in its cache until the few that may be among the best are picked out and
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention.heap import keep_heap
-from mobazoo.attention.kernels.cpu_compiled import ARITHMETIC, Strides
-from mobazoo.attention.native import library
+from mobazoo.attention.native.arguments import ARITHMETIC, Strides
+from mobazoo.attention.native.build import library
 
 # Bytes of a widened copy.
 _WIDE = 32 << 20
@@ -87,7 +87,7 @@ def _run(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) ->
     for each, x in {"q": q, "mean": mean, "first": first, "stop": stop, "index": index}.items():
         setattr(gate, each, x.data_ptr())
     for each, x in {"q": q, "mean": mean, "index": index}.items():
-        setattr(gate, f"{each}_at", Strides(*x.stride()[:3]))
+        setattr(gate, f"{each}_at", Strides.of(x))
     keep_heap()
     compiled = library()
     assert compiled is not None
