@@ -39,7 +39,7 @@ def test_everything_is_inside(contents: set[str]) -> None:
         installed + path.relative_to(REPOSITORY / folder).as_posix().join(["/", ""])
         for folder, installed in INSTALLED.items()
         for path in (REPOSITORY / folder).rglob("*")
-        if path.suffix in {".py", ".yaml", ".md", ".typed"} and "__pycache__" not in path.parts
+        if path.suffix in {".py", ".yaml", ".md", ".typed", ".cpp", ".h"} and "__pycache__" not in path.parts
     }
     assert expected
     assert not expected - contents
