@@ -31,7 +31,7 @@ class ForwardWork {
         rows_(tokens * batch.group),
         clock_(batch.spent),
         tiles_(room_, width_, static_cast<float>(batch.scale), clock_),
-        known_{room_.take<typename A::Word>(rows_ * width_.words), room_.take<float>(rows_ * width_.numbers),
+        known_{room_.take<typename A::Word>(rows_ * width_.words), room_.take<float>(rows_ * width_.numbers, false),
                room_.take<float>(rows_), room_.take<float>(rows_)} {}
 
   void operator()(const Piece& piece) {
@@ -74,8 +74,7 @@ class ForwardWork {
         const int64_t row = t * batch_.group + g;
         const float total = known_.total[row], share = total == 0 ? 0.0f : 1 / total;
         const float* sums = known_.sums + row * width_.numbers;
-        Element* to = out + (at + t) * batch_.dim;
-        for (int64_t d = 0; d < batch_.dim; d++) narrow(sums[d] * share, to[d]);
+        narrow_row(sums, share, batch_.dim, out + (at + t) * batch_.dim);
         batch_.lse[at + t] = known_.top[row] * static_cast<float>(M_LN2) + std::log(total);
       }
     }
@@ -139,8 +138,8 @@ class BackwardWork {
       std::memcpy(static_cast<float*>(batch_.dk) + place, dk_, sums * sizeof(float));
       std::memcpy(static_cast<float*>(batch_.dv) + place, dv_, sums * sizeof(float));
     } else {
-      for (int64_t i = 0; i < sums; i++) narrow(dk_[i], static_cast<Element*>(batch_.dk)[place + i]);
-      for (int64_t i = 0; i < sums; i++) narrow(dv_[i], static_cast<Element*>(batch_.dv)[place + i]);
+      narrow_row(dk_, 1.0f, sums, static_cast<Element*>(batch_.dk) + place);
+      narrow_row(dv_, 1.0f, sums, static_cast<Element*>(batch_.dv) + place);
     }
   }
 
@@ -186,7 +185,7 @@ class BackwardWork {
       Element* to = static_cast<Element*>(batch_.dq) + at * batch_.dim;
       for (int64_t t = 0; t < piece_.tokens(); t++) {
         const float* from = given_.dq + (t * batch_.group + g) * width_.numbers;
-        for (int64_t d = 0; d < batch_.dim; d++) narrow(from[d], to[t * batch_.dim + d]);
+        narrow_row(from, 1.0f, batch_.dim, to + t * batch_.dim);
       }
     }
   }

@@ -22,11 +22,11 @@ constexpr int64_t SPARE = 2 * STEP;    // beyond each buffer, for rows that are 
 class Room {
  public:
   template <class T>
-  T* take(int64_t count) {
+  T* take(int64_t count, bool zero = true) {
     const std::size_t bytes = round_up((count + SPARE) * sizeof(T), CACHE_LINE);
     void* place = std::aligned_alloc(CACHE_LINE, bytes);
     if (place == nullptr) throw std::bad_alloc();
-    std::memset(place, 0, bytes);
+    if (zero) std::memset(place, 0, bytes);
     kept_.emplace_back(place, std::free);
     return static_cast<T*>(place);
   }
@@ -53,6 +53,21 @@ inline void put_row(const Bfloat16* from, int64_t dim, float* to) {
   for (int64_t d = 0; d < dim; d++) to[d] = wide(from[d]);
 }
 inline void put_row(const Bfloat16* from, int64_t dim, int32_t* to) { std::memcpy(to, from, 2 * dim); }
+
+// `dim` float32 numbers times `share` as elements.
+inline void narrow_row(const float* from, float share, int64_t dim, float* to) {
+  for (int64_t d = 0; d < dim; d++) to[d] = from[d] * share;
+}
+inline void narrow_row(const float* from, float share, int64_t dim, Bfloat16* to) {
+  int64_t d = 0;
+#ifdef MOBA_PAIRS
+  for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+    const Floats first = load(from + d) * share, second = load(from + d + LANES) * share;
+    store(to + d, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+  }
+#endif
+  for (; d < dim; d++) narrow(from[d] * share, to[d]);
+}
 
 // Two rows of words of bfloat16, each number beside the one below it: `numbers` words.
 inline void pair_rows(const int32_t* first, const int32_t* second, int64_t numbers, int32_t* to) {

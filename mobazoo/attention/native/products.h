@@ -19,8 +19,6 @@ inline float wide(Bfloat16 x) {
   return y;
 }
 
-inline void narrow(float x, float& y) { y = x; }
-
 // Rounded to the nearest, to even between two; what is no number stays none.
 inline void narrow(float x, Bfloat16& y) {
   uint32_t bits;
