@@ -13,8 +13,8 @@
 namespace moba {
 
 struct Tiled : Pairs {
-  static constexpr int ROWS = 64;
-  static constexpr int SCORED = 16;
+  static constexpr int ROWS = 64;     // queries of a tile
+  static constexpr int SCORED = 16;   // of them, those whose scores are made at once, and stay in the nearest cache
   static constexpr int WORDS = 16;    // words of a row are multiples of a tile's
   static constexpr int COLUMNS = 32;  // and columns of a product of two tiles'
   static constexpr int DEPTH = 32;    // and rows that a product sums over
