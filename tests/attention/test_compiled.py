@@ -297,6 +297,23 @@ def test_scores_of_a_million(name: str, dtype: torch.dtype) -> None:
         assert ((got.double() - wanted).abs() <= bound).all(), name
 
 
+@pytest.mark.parametrize("step", [1 / 16, 1 / 4, 1, 8])
+@pytest.mark.parametrize("name", ["routed", "full"])
+def test_scores_that_rise(name: str, step: float, dtype: torch.dtype) -> None:
+    """Each block and each chunk brings larger scores than all before: a little, or too much for weights beside them."""
+    case = {"routed": Case(((230,),), 16, 4, 2, 1, 8), "full": Case(((230,),), 0, 1, 2, 1, 8)}[name]
+    data = inputs(case, dtype)
+    data.q[..., 3], data.k[..., 3] = 1, step * torch.arange(230)
+    check(compiled(case, data, scale=1.0), *truth(case, data, 1.0), f"scores that rise by {step}")
+
+
+def test_numbers_below_the_normal_ones_are_left_to_others(dtype: torch.dtype) -> None:
+    """Threads that took them for zero in a call do not afterwards."""
+    compiled(PIECES, inputs(PIECES, dtype))
+    tiny = torch.full((1 << 20,), 1e-30) * 1e-10
+    assert (tiny > 0).all()
+
+
 def test_padding_is_zero_and_reads_nothing(dtype: torch.dtype) -> None:
     """Also where a row is nothing else."""
     case = Case(((-60,), (-9, 30, -21)), 8, 3, 4, 2, 32)
@@ -316,7 +333,7 @@ def test_log_sum_exp(name: str, dtype: torch.dtype) -> None:
     - A score: D products and sums, the scale (rounded, with log2(e)) and its product, the difference from the
       largest, log(2) times the largest: D + 8 roundings of ``scale * |q| . |k|``.
     - The sum of n weights: for each key one rounding of the sum, two of its exponential, and as many where the sum
-      shrinks beside a larger score; where products are bfloat16's, the exponential is 4e-6 off instead of two.
+      shrinks beside a larger score; where products are bfloat16's, the exponential is 3e-6 off instead of two.
     - The logarithm and the last sum: 4 of the result.
     """
     data, _, _ = known(CASES[name], dtype)
@@ -327,7 +344,7 @@ def test_log_sum_exp(name: str, dtype: torch.dtype) -> None:
     size, keys, u = sizes.amax(-1) * exact.scale, exact.mask.sum(-1), unit_roundoff(torch.float32)
     bound = u * ((CASES[name].dim + 8) * size + 6 * keys + 4 * (1 + want.abs()))
     if dtype == torch.bfloat16:
-        bound += 4e-6
+        bound += 3e-6
     got = log_sums(CASES[name], data)
     assert got.dtype == torch.float32
     here = exact.mask.any(-1)

@@ -100,6 +100,7 @@ void forward(const Batch& batch) {
     int64_t number;
     if (!queue.next(number)) return;
     ForwardWork<A, Element> work(batch, std::min(tokens, batch.tokens));
+    const Flushed flushed;
     A::begin();
     do work(pieces[number]);
     while (queue.next(number));
@@ -212,6 +213,7 @@ void backward(const Batch& batch) {
     int64_t number;
     if (!queue.next(number)) return;
     BackwardWork<A, Element> work(batch, tokens);
+    const Flushed flushed;
     A::begin();
     do work(pieces, number % heads / batch.heads, number % batch.heads, number / heads);
     while (queue.next(number));

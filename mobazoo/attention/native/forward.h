@@ -45,7 +45,7 @@ class Forward {
  private:
   void tile(const Readers& some, const Running<A>& known) {
     alignas(CACHE_LINE) float top[A::ROWS], total[A::ROWS];
-    std::fill_n(top, A::ROWS, -INFINITE);
+    std::fill_n(top, A::ROWS, 0.0f);
     std::fill_n(total, A::ROWS, 0.0f);
     clock_.to(GATHER);
     for (int64_t i = 0; i < some.count; i++) {
@@ -85,37 +85,37 @@ class Forward {
     }
   }
 
-  // Scores of a chunk become weights beside a row's top. That is the largest score so far, or one that it is not far
-  // above: only then do sums and totals have to follow it.
+  // Some rows of a tile, LANES at most, and the columns of a chunk.
+  struct Group {
+    int64_t first, scored, rows;  // the first row in its tile and among scores, and how many
+    int64_t at, columns;
+    const int32_t* seen;
+
+    int64_t sees(int64_t i) const { return std::min(seen[i] - at, columns); }
+  };
+
+  // Scores of a chunk become weights beside a row's top: the largest score so far, or one that it is not far above.
+  // Few chunks bring another, so that weights are tried beside the one that is known, and their sum tells.
   void soften(const Readers& some, int64_t begin, int64_t end, int64_t at, int64_t columns, float* top, float* total,
               const Running<A>& known) {
-    constexpr float FAR = 8;  // weights are up to 2 ** FAR
+    constexpr float FAR = 8, MUCH = 256 * CHUNK;  // 2 ** FAR for each key
     for (int64_t from = begin; from < end; from += LANES) {
-      const int64_t rows = std::min<int64_t>(LANES, end - from);
-      const int32_t* seen = some.seen + from;
-      Floats most[LANES], sums[LANES] = {};
-      for (int64_t i = 0; i < LANES; i++) {
-        most[i] = i < rows ? largest(from - begin + i, std::min(seen[i] - at, columns)) : splat(-INFINITE);
-      }
-      const Floats found = across(most, [](Floats a, Floats b) { return larger(a, b); }) * scale_;
-      Floats now = load(top + from);
-      if (any(found > now + FAR)) {
-        const Floats before = now;
-        now = found > before + FAR ? found : before;
+      const Group group{from, from - begin, std::min<int64_t>(LANES, end - from), at, columns, some.seen + from};
+      const Floats before = load(top + from);
+      Floats sums = any(before == -INFINITE) ? splat(INFINITE) : weigh(group, before);
+      if (any(!(sums < MUCH))) {
+        const Floats found = largest(group) * scale_, now = found > before + FAR ? found : before;
         const Floats shrink = exp2_of<true>(before - now);
-        for (int64_t i = 0; i < rows; i++) {
+        for (int64_t i = 0; i < group.rows; i++) {
           if (now[i] == before[i]) continue;
           scale(known.sums + some.rows[from + i] * width_.numbers, shrink[i]);
           if (at > 0) scale(sums_ + (from + i) * width_.numbers, shrink[i]);
           total[from + i] *= shrink[i];
         }
         store(top + from, now);
+        sums = weigh(group, now);
       }
-      const Floats base = now == -INFINITE ? Floats{} : now;  // where every score is: weights are 0
-      for (int64_t i = 0; i < rows; i++) {
-        sums[i] = weigh(from - begin + i, from + i, std::min(seen[i] - at, columns), columns, base[i]);
-      }
-      store(total + from, load(total + from) + across(sums, [](Floats a, Floats b) { return a + b; }));
+      store(total + from, load(total + from) + sums);
     }
   }
 
@@ -123,9 +123,16 @@ class Forward {
     for (int64_t d = 0; d < width_.numbers; d += LANES) store(sums + d, load(sums + d) * by);
   }
 
-  // Maxima over the columns that a row may see, in no order.
-  MOBA_INLINE Floats largest(int64_t row, int64_t seen) const {
-    const float* scores = scores_ + row * STEP;
+  // The largest score that each row sees.
+  Floats largest(const Group& group) const {
+    Floats most[LANES];
+    for (int64_t i = 0; i < LANES; i++) most[i] = i < group.rows ? largest_of_row(group, i) : splat(-INFINITE);
+    return across(most, [](Floats a, Floats b) { return larger(a, b); });
+  }
+
+  MOBA_INLINE Floats largest_of_row(const Group& group, int64_t i) const {
+    const float* scores = scores_ + (group.scored + i) * STEP;
+    const int64_t seen = group.sees(i);
     Floats most = splat(-INFINITE);
     int64_t j = 0;
     for (; j + LANES <= seen; j += LANES) most = larger(load(scores + j), most);
@@ -133,10 +140,18 @@ class Forward {
     return most;
   }
 
-  // Writes a row's weights, and returns their sums, in no order.
-  MOBA_INLINE Floats weigh(int64_t scored, int64_t row, int64_t seen, int64_t columns, float base) {
-    const float* scores = scores_ + scored * STEP;
-    Word* weights = weights_ + row * STEP;
+  // Writes weights beside `top`, and returns each row's sum.
+  MOBA_INLINE Floats weigh(const Group& group, Floats top) {
+    const Floats base = top == -INFINITE ? Floats{} : top;  // where every score is: weights are 0
+    Floats sums[LANES] = {};
+    for (int64_t i = 0; i < group.rows; i++) sums[i] = weigh_row(group, i, base[i]);
+    return across(sums, [](Floats a, Floats b) { return a + b; });
+  }
+
+  MOBA_INLINE Floats weigh_row(const Group& group, int64_t i, float base) {
+    const float* scores = scores_ + (group.scored + i) * STEP;
+    Word* weights = weights_ + (group.first + i) * STEP;
+    const int64_t seen = group.sees(i);
     const auto weight = [&](int64_t j) __attribute__((always_inline)) {
       return exp2_of<A::EXACT>(load(scores + j) * scale_ - base);
     };
@@ -148,7 +163,7 @@ class Forward {
       more += second;
       put_numbers(first, second, j, weights);
     }
-    for (; j < columns; j += 2 * LANES) {
+    for (; j < group.columns; j += 2 * LANES) {
       const Floats first = visible(weight(j), seen - j, 0.0f),
                    second = visible(weight(j + LANES), seen - j - LANES, 0.0f);
       sum += first;

@@ -88,34 +88,71 @@ MOBA_INLINE Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// 2 ** x for x up to 0 and a little beyond, 0 below -125; what is no number stays none. EXACT to the last bit or two,
-// else to 4e-6, as much as is left of it in bfloat16, and for numbers that come from products of bfloat16 only.
+// The smaller of two, or the second where one is no number.
+MOBA_INLINE Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// 2 ** x, of which nothing is left far below 0, and 2 ** 127 at least beyond 127; what is no number stays none. EXACT
+// to the last bit or two, else to 3e-6, as much as is left of it in bfloat16, and for numbers that come from products of
+// bfloat16 only.
 template <bool EXACT>
 MOBA_INLINE Floats exp2_of(Floats x) {
-  constexpr float ROUNDS = 12582912.0f;                          // 1.5 * 2 ** 23: a float beside it has no fraction
-  const Floats whole = x + ROUNDS, rest = x - (whole - ROUNDS);  // rest in -0.5 .. 0.5
-  // Taylor's coefficients log(2) ** n / n!, bent towards the smallest largest error.
+#if defined(__AVX512DQ__)
+  const Floats rest = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+#else
+  constexpr float ROUNDS = 12582912.0f;  // 1.5 * 2 ** 23: a float beside it has no fraction
+  x = smaller(splat(127.0f), x);
+  const Floats whole = (x - 0.5f) + ROUNDS, rest = x - (whole - ROUNDS);
+#endif
+  // Taylor's coefficients log(2) ** n / n!, bent towards the smallest largest error for rest in 0 .. 1.
   Floats power;
   if constexpr (EXACT) {
-    power = rest * 1.5353362e-4f + 1.3398874e-3f;
-    power = power * rest + 9.6184373e-3f;
-    power = power * rest + 5.5503324e-2f;
-    power = power * rest + 2.4022648e-1f;
-    power = power * rest + 6.9314720e-1f;
+    power = rest * 2.1612916e-4f + 1.2467846e-3f;
+    power = power * rest + 9.6754516e-3f;
+    power = power * rest + 5.5485281e-2f;
+    power = power * rest + 2.4022931e-1f;
+    power = power * rest + 6.9314704e-1f;
   } else {
-    power = rest * 9.5828532e-03f + 5.5906426e-02f;
-    power = power * rest + 2.4024099e-01f;
-    power = power * rest + 6.9312419e-01f;
+    power = rest * 1.3426684e-2f + 5.2242474e-2f;
+    power = power * rest + 2.4128020e-1f;
+    power = power * rest + 6.9304484e-1f;
   }
   power = power * rest + 1.0f;
+#if defined(__AVX512DQ__)
+  return (Floats)_mm512_scalef_ps((__m512)power, (__m512)x);
+#else
   const Ints exponent = (Ints)whole << 23;
   if constexpr (EXACT) {
     power *= (Floats)(exponent + (127 << 23));
   } else {
-    power = (Floats)((Ints)power + exponent);  // 0.7 .. 1.5 has room below and above
+    power = (Floats)((Ints)power + exponent);  // 1 .. 2 has room above
   }
   return x < -125.0f ? Floats{} : power;
+#endif
 }
+
+// While one lives, its thread takes results below 2 ** -126 for zero: processors take hundreds of cycles for them, and
+// weights that small are many.
+class Flushed {
+ public:
+#if defined(__SSE2__)
+  Flushed() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~Flushed() { _mm_setcsr(before_); }
+  Flushed(const Flushed&) = delete;
+
+ private:
+  const unsigned before_;
+#else
+  Flushed() {}
+#endif
+};
 
 template <int H, bool SECOND, std::size_t... I>
 MOBA_INLINE Ints mixed(Ints a, Ints b, std::index_sequence<I...>) {
