@@ -161,7 +161,7 @@ def _markdown(rows: list[tuple[str, ...]], results: list[Timed], growths: list[G
         *(["How MoBA's time per token grows from half the length, paired (and its range):", ""] if growths else []),
         *(f"- {each.line()}" for each in growths),
         *([""] if growths else []),
-        "Where a thread spends the forward of one key head (the gate timed alone, the rest profiled):",
+        "Where a thread spends the forward of one key head (the gate timed alone, the rest by its own clock):",
         "",
         *(f"- {_stages_line(result)}" for result, _ in results if result.stages),
     ]
