@@ -11,6 +11,7 @@ from torch import Tensor
 from mobazoo.attention.auto import choose
 from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.blocks import centroids_by
+from mobazoo.attention.checks import check_routes, check_tensors, first_slot, segments_for
 from mobazoo.attention.gates import gate_of
 from mobazoo.attention.pattern import Full, MoBA, Pattern
 from mobazoo.attention.problem import Problem
@@ -73,10 +74,10 @@ def attend(
                 q_start=q_start,
                 scale=scale,
             )
-    _check(q, k, v)
-    segments = _segments_for(k, segments)
-    first = _first_slot(q, k, q_start)
-    _check_routes(q, pattern, routes)
+    check_tensors(q, k, v)
+    segments = segments_for(k, segments)
+    first = first_slot("attend", q.shape[2], k.shape[2], q_start)
+    check_routes(q, pattern, segments, routes)
     if routes is None and isinstance(pattern, MoBA):
         pattern = _without_waste(pattern, segments)
     problem = Problem(
@@ -133,65 +134,3 @@ def _named(backend: str, problem: Problem) -> str:
 @cache
 def _log_once(message: str) -> None:
     log.info(message)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise InputError(
-            "attend: want q [B, Hq, T, D] and k, v [B, Hkv, S, D], "
-            f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise InputError(f"attend: query heads must be a multiple of key heads, got Hq={q.shape[1]}, Hkv={k.shape[1]}")
-    if q.shape[2] > k.shape[2]:
-        raise InputError(
-            f"attend: T={q.shape[2]} queries but S={k.shape[2]} keys; k and v must hold the queries' own tokens too"
-        )
-    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        raise InputError(f"attend: q, k, v must share a floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.device == k.device == v.device:
-        raise InputError(f"attend: q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
-
-
-def _segments_for(k: Tensor, segments: Segments | None) -> Segments:
-    if segments is None:
-        return Segments.single(k.shape[0], k.shape[2], k.device)
-    if (segments.batch, segments.length) != (k.shape[0], k.shape[2]):
-        raise InputError(
-            f"attend: segments are for [B={segments.batch}, S={segments.length}], "
-            f"k has B={k.shape[0]}, S={k.shape[2]}; build them for the keys"
-        )
-    if segments.doc.device != k.device:
-        raise InputError(f"attend: segments are on {segments.doc.device}, k on {k.device}; use segments.to({k.device})")
-    return segments
-
-
-def _first_slot(q: Tensor, k: Tensor, q_start: int | Tensor | None) -> int | Tensor:
-    last = k.shape[2] - q.shape[2]
-    if q_start is None:
-        return last
-    if isinstance(q_start, Tensor):
-        if q_start.dim() or q_start.is_floating_point():
-            raise InputError(
-                f"attend: q_start must be an int or a 0-dim integer tensor, got {list(q_start.shape)} {q_start.dtype}"
-            )
-        if q_start.device.type != "cpu" or torch.compiler.is_compiling():
-            return q_start  # its value is the device's business
-        q_start = int(q_start)
-    if not 0 <= q_start <= last:
-        raise InputError(f"attend: q_start must be in 0 .. S - T = {last}, got {q_start}")
-    return q_start
-
-
-def _check_routes(q: Tensor, pattern: Pattern, routes: Routes | None) -> None:
-    if not isinstance(pattern, Full | MoBA):
-        raise InputError(f"attend: pattern must be Full() or MoBA(block_size, top_k), got {pattern!r}")
-    if routes is None:
-        return
-    if isinstance(pattern, Full):
-        raise InputError("attend: routes were given but the pattern is Full(); pass the MoBA they were made for")
-    if routes.block_size != pattern.block_size or routes.index.shape[:3] != q.shape[:3]:
-        raise InputError(
-            f"attend: routes have block_size={routes.block_size} and index {list(routes.index.shape)}, "
-            f"want block_size={pattern.block_size} and [B, Hq, T, top_k - 1] with [B, Hq, T] = {list(q.shape[:3])}"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -14,7 +15,7 @@ from mobazoo.errors import InputError
 
 UNUSED = -1
 
-# Gathering a packed row's blocks copies keys; this many bytes of float32 at a time is plenty for any device.
+# Bytes of a float32 copy of keys, plenty for any device: a packed row's blocks are gathered.
 _GATHER_BYTES = 128 << 20
 
 
@@ -45,7 +46,7 @@ def centroids(k: Tensor, block_size: int, segments: Segments) -> Centroids:
         segments: the documents of the ``S`` slots.
 
     Raises:
-        InputError: if ``k`` and ``segments`` differ in rows or slots.
+        InputError: if ``k`` and ``segments`` differ in rows or slots, or a block size that is none.
     """
     return centroids_by(TORCH, k, block_size, segments)
 
@@ -57,6 +58,8 @@ def centroids_by(by: str, k: Tensor, block_size: int, segments: Segments) -> Cen
         InputError: as ``centroids``, or an unknown ``by``.
         UnsupportedError: ``triton`` where the kernel does not run.
     """
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise InputError(f"centroids: block_size must be an integer >= 1, got {block_size!r}")
     if k.dim() != 4 or (k.shape[0], k.shape[2]) != (segments.batch, segments.length):
         raise InputError(
             f"centroids: k must be [B, Hkv, S, D] with B={segments.batch} and S={segments.length} as in segments, "
@@ -98,7 +101,24 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def _mean_whole(k: Tensor, block_size: int) -> Tensor:
     n = k.shape[2] // block_size
     blocks = k[:, :, : n * block_size].unflatten(2, (n, block_size))
-    return blocks.mean(3, dtype=_accumulator(k.dtype)).to(k.dtype)
+    if torch.compiler.is_compiling() or k.device.type != "cpu" or k.dtype == _accumulator(k.dtype):
+        return blocks.mean(3, dtype=_accumulator(k.dtype)).to(k.dtype)
+    mean = k.new_empty(*blocks.shape[:3], k.shape[3])  # here torch widens all keys before it adds them
+    for b, heads, some in _parts(blocks.shape):
+        mean[b, heads, some] = blocks[b, heads, some].mean(2, dtype=_accumulator(k.dtype))
+    return mean
+
+
+def _parts(blocks: torch.Size) -> Iterator[tuple[int, slice, slice]]:
+    """Row, heads and blocks of ``[B, H, N, block size, D]``, of which a float32 copy is small; at least one block."""
+    batch, heads, n, block_size, dim = blocks
+    room = max(1, _GATHER_BYTES // (4 * block_size * dim))  # blocks of one head
+    some_heads = max(1, min(heads, room))
+    step = max(1, room // some_heads)
+    for b in range(batch):
+        for h in range(0, heads, some_heads):
+            for n0 in range(0, n, step):
+                yield b, slice(h, h + some_heads), slice(n0, n0 + step)
 
 
 # An opaque operator: inlined, its loop over blocks is unrolled into a new graph for every number of blocks.
@@ -108,15 +128,12 @@ def _mean_packed(k: Tensor, start: Tensor, block_size: int, by: str = TORCH) -> 
     if by == TRITON:
         return import_module("mobazoo.attention.kernels.triton_route").means(k, start, block_size)
     batch, heads, _, dim = k.shape
-    n = start.shape[1]
-    mean = k.new_empty(batch, heads, n, dim)
+    mean = k.new_empty(batch, heads, start.shape[1], dim)
     inside = torch.arange(block_size, device=k.device)
-    step = max(1, _GATHER_BYTES // (4 * heads * block_size * dim))
-    for b in range(batch):
-        for n0 in range(0, n, step):
-            slots = start[b, n0 : n0 + step, None].clamp(min=0) + inside  # [n, block_size]
-            keys = k[b].index_select(1, slots.flatten()).unflatten(1, slots.shape)
-            mean[b, :, n0 : n0 + step] = keys.mean(2, dtype=_accumulator(k.dtype)).to(k.dtype)
+    for b, some_heads, some in _parts(torch.Size((*mean.shape[:3], block_size, dim))):
+        slots = start[b, some, None].clamp(min=0) + inside  # [n, block_size]
+        keys = k[b, some_heads].index_select(1, slots.flatten()).unflatten(1, slots.shape)
+        mean[b, some_heads, some] = keys.mean(2, dtype=_accumulator(k.dtype)).to(k.dtype)
     return mean.masked_fill_((start < 0)[:, None, :, None], 0.0)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mobazoo.attention.blocks import UNUSED, Centroids
+from mobazoo.attention.checks import first_slot
 from mobazoo.attention.gates import TORCH, TRITON, check_by
 from mobazoo.attention.heap import keep_heap
 from mobazoo.attention.lanes import LEAST_QUERIES, Piece, share, spread
@@ -21,6 +22,9 @@ from mobazoo.attention.selection import RUN, choose
 from mobazoo.errors import InputError
 
 EMPTY = -1
+
+# Entries of ``Routes.index`` that are filled at once, for each head.
+_RECENT = 8 << 20
 
 # Bytes of one query's float32 copy, by head dim.
 _BYTES_PER_QUERY_DIM = 8
@@ -48,7 +52,8 @@ class _Room(NamedTuple):
 class Routes:
     """Which earlier blocks each query reads. The own block is implied: it starts at ``slot - pos % block_size``.
 
-    Entries of one query are distinct blocks of its document that end before its own block begins.
+    Entries of one query are distinct blocks of its document that end before its own block begins. ``Routes`` made by
+    hand are taken at their word, except for shapes, dtypes and a ``start`` beyond the row.
 
     Attributes:
         index: ``[B, Hq, T, top_k - 1]`` int32 (int16 where it fits), ``-1`` is an empty slot. ``route`` puts the best
@@ -110,11 +115,24 @@ def route_by(
             "route: q must be [B, Hq, T, D] with Hq divisible by the centroids' Hkv, "
             f"got q {list(q.shape)} and centroids {list(centroids.mean.shape)}"
         )
+    batch, _, blocks, dim = centroids.mean.shape
+    if (q.shape[0], q.shape[3]) != (batch, dim) or segments.batch != batch or centroids.start.shape != (batch, blocks):
+        raise InputError(
+            "route: rows, blocks and head dim must agree, "
+            f"got q {list(q.shape)}, centroids {list(centroids.mean.shape)} with start {list(centroids.start.shape)}, "
+            f"and segments of {segments.batch} rows"
+        )
+    if blocks != segments.length // pattern.block_size:
+        raise InputError(
+            f"route: centroids hold {blocks} blocks, want S // block_size = "
+            f"{segments.length} // {pattern.block_size}; make them with the pattern's block size"
+        )
+    q_start = first_slot("route", q.shape[2], segments.length, q_start)
     check_by("route", by, q.device, q.dtype, q.shape[3], pattern.top_k - 1)
     slot = query_slots(segments, q.shape[2], q_start)
     if segments.whole:  # blocks lie end to end
-        stop = (slot // pattern.block_size).expand(segments.batch, -1)
-        first = slot.new_zeros(1, 1).expand_as(stop)
+        stop = (slot // pattern.block_size).int().expand(segments.batch, -1)
+        first = stop.new_zeros(1, 1).expand_as(stop)
     else:
         first, stop = _candidates(slot, centroids.start, pattern.block_size, segments)
     index = torch.ops.mobazoo.gate(q.detach(), centroids.mean.detach(), first, stop, pattern.top_k - 1, by)
@@ -122,14 +140,13 @@ def route_by(
 
 
 def _candidates(slot: Tensor, start: Tensor, block_size: int, segments: Segments) -> tuple[Tensor, Tensor]:
-    """The complete blocks of a query's document before its own, ``first .. stop - 1``, each ``[B, T]``."""
-    pos, real = segments.pos[:, slot], segments.doc[:, slot] >= 0
+    """The complete blocks of a query's document before its own, ``first .. stop - 1``, each ``[B, T]`` int32."""
     # Blocks stand in slot order, so a query's candidates are one range: from its document's first to its own block.
     in_order = torch.where(start == UNUSED, segments.length, start).contiguous()
-    own = slot - pos % block_size
-    stop = torch.searchsorted(in_order, own.to(in_order.dtype))
-    first = torch.where(real, torch.searchsorted(in_order, (slot - pos).to(in_order.dtype)), stop)
-    return first, stop
+    pos, slot32 = segments.pos[:, slot], slot.int()
+    stop = torch.searchsorted(in_order, slot32 - pos % block_size, out_int32=True)
+    first = torch.searchsorted(in_order, slot32 - pos, out_int32=True)
+    return torch.where(segments.doc[:, slot] >= 0, first, stop), stop
 
 
 def _index_dtype(n: int) -> torch.dtype:
@@ -153,12 +170,15 @@ def _gate(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, k: int, by: str 
         index = torch.empty(batch, hq, length, k, dtype=_index_dtype(n))
         gate.choose(q, mean, first, stop, index)
         return index
-    # Whoever may read k blocks or fewer reads them all, the most recent first; only the others choose.
-    recent = stop[..., None] - 1 - torch.arange(k, device=q.device)  # [B, T, k]
-    recent = torch.where(recent >= first[..., None], recent, EMPTY).to(_index_dtype(n))
-    index = recent[:, None].expand(-1, hq, -1, -1).contiguous()
+    index = torch.full((batch, hq, length, k), EMPTY, dtype=_index_dtype(n), device=q.device)
     if k == 0 or n == 0:
         return index
+    # Whoever may read k blocks or fewer reads them all, the most recent first; only the others choose.
+    before = torch.arange(1, k + 1, device=q.device, dtype=torch.int32)
+    step = max(1, _RECENT // (batch * k))
+    for tokens in (slice(t, t + step) for t in range(0, length, step)):
+        recent = stop[:, tokens, None] - before  # [B, t, k]
+        index[:, :, tokens] = torch.where(recent >= first[:, tokens, None], recent, EMPTY)[:, None]
     group = hq // hkv
 
     def work(piece: Piece) -> None:

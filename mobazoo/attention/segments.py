@@ -19,7 +19,7 @@ class Segments:
     """Documents packed in each row.
 
     Documents are contiguous and never see each other; padding may stand before, between or after them.
-    The constructors check that; a ``Segments`` made by hand is taken at its word, except for shapes.
+    The constructors check that; a ``Segments`` made by hand is taken at its word, except for shapes and dtypes.
 
     Attributes:
         doc: ``[B, S]`` int32, the document's number in its row, ``-1`` is padding.
@@ -40,6 +40,8 @@ class Segments:
             raise InputError(
                 f"Segments: doc and pos must both be [B, S], got {list(self.doc.shape)} and {list(self.pos.shape)}"
             )
+        if not self.doc.dtype == self.pos.dtype == torch.int32:
+            raise InputError(f"Segments: doc and pos must be int32, got {self.doc.dtype} and {self.pos.dtype}")
 
     @property
     def batch(self) -> int:

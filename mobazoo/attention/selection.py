@@ -20,7 +20,7 @@ def choose(scores: Tensor, first: Tensor, stop: Tensor, before: int, index: Tens
 
     Args:
         scores: ``[h, N, G, t]`` float32, contiguous, ``N`` a multiple of ``RUN``; may be overwritten.
-        first: ``[t]`` int64: a query may choose among blocks ``first .. stop - 1``, for which ``0 <= first`` and
+        first: ``[t]`` int32: a query may choose among blocks ``first .. stop - 1``, for which ``0 <= first`` and
             ``stop <= N`` hold.
         stop: ``[t]``.
         before: what a block's number is more than its place in ``scores``.

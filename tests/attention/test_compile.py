@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mobazoo.attention import Segments, attend
+from mobazoo.errors import InputError
 from tests.factories import Case, Inputs, chosen_by, gate_routes, inputs, oracle, run, segments_of
 from tests.marks import COMPILING, INTERPRETED, able
 from tests.tolerance import Result, check
@@ -78,6 +79,34 @@ def test_lengths_do_not_recompile_without_end(backend: str, pattern: str) -> Non
         got = differentiated(compiled, data).out
         assert torch.allclose(got, run(shorter, data, "reference").out, atol=1e-4)
     assert counter.frame_count <= MOST_GRAPHS, f"{counter.frame_count} graphs for {len(LENGTHS)} lengths"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [0, 64, 512])
+def test_auto_is_one_graph_at_every_length(block_size: int, dtype: torch.dtype) -> None:
+    """It chooses by length, and what it asks of the machine is no part of a graph: few of them for many lengths."""
+    case = Case(((600,),), block_size, 3 if block_size else 1, 4, 2, 16)
+    counter = CompileCounterWithBackend(TRACER)
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v, pattern=case.pattern), backend=counter, fullgraph=True)
+    for length in (490, 500, 511, 512, 530, 600, 640):
+        data = inputs(replace(case, rows=((length,),)), dtype)
+        got = differentiated(compiled, data)
+        want = differentiated(lambda *qkv: attend(*qkv, pattern=case.pattern), data)
+        assert all(torch.equal(x, y) for x, y in zip(got.tensors, want.tensors, strict=True))
+    assert counter.frame_count <= MOST_GRAPHS + 1
+
+
+def test_a_start_beyond_the_row_is_refused_inside_a_graph() -> None:
+    case = PATTERNS["moba"]
+    data = inputs(case)
+    compiled = torch.compile(
+        lambda q, k, v, start: attend(q, k, v, pattern=case.pattern, backend="flash", q_start=start),
+        backend=TRACER,
+        fullgraph=True,
+    )
+    for start in (87, 5000, -1):
+        with pytest.raises(InputError, match=rf"q_start must be in 0 .. S - T = 86, got {start}"):
+            compiled(data.q[:, :, :4], data.k, data.v, torch.tensor(start))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

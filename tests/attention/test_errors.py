@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,10 @@ INPUT: dict[str, tuple[Callable[[], object], str]] = {
     "segments rank": (
         lambda: Segments(SINGLE.doc[0], SINGLE.pos[0], 1, 8),
         "Segments: doc and pos must both be [B, S], got [8] and [8]",
+    ),
+    "segments dtype": (
+        lambda: Segments(SINGLE.doc.long(), SINGLE.pos, 1, 8),
+        "Segments: doc and pos must be int32, got torch.int64 and torch.int32",
     ),
     "lengths negative": (
         lambda: Segments.from_lengths([[3, -1]]),
@@ -83,6 +88,32 @@ INPUT: dict[str, tuple[Callable[[], object], str]] = {
         lambda: centroids(K[:, :, :7], 4, SINGLE),
         "centroids: k must be [B, Hkv, S, D] with B=2 and S=8 as in segments, got [2, 2, 7, 16]",
     ),
+    "centroids block_size": (
+        lambda: centroids(K, 0, SINGLE),
+        "centroids: block_size must be an integer >= 1, got 0",
+    ),
+    "route rows": (
+        lambda: route(Q[:1], centroids(K, 4, SINGLE), MoBA(4, 2), SINGLE),
+        "route: rows, blocks and head dim must agree, got q [1, 4, 8, 16], centroids [2, 2, 2, 16] with start [2, 2], "
+        "and segments of 2 rows",
+    ),
+    "route segments": (
+        lambda: route(Q, centroids(K, 4, SINGLE), MoBA(4, 2), Segments.single(1, 8)),
+        "and segments of 1 rows",
+    ),
+    "route dims": (lambda: route(Q[..., :8], centroids(K, 4, SINGLE), MoBA(4, 2), SINGLE), "got q [2, 4, 8, 8]"),
+    "route block_size": (
+        lambda: route(Q, centroids(K, 4, SINGLE), MoBA(2, 2), SINGLE),
+        "route: centroids hold 2 blocks, want S // block_size = 8 // 2; make them with the pattern's block size",
+    ),
+    "route length": (
+        lambda: route(torch.zeros(2, 4, 9, 16), centroids(K, 4, SINGLE), MoBA(4, 2), SINGLE),
+        "route: T=9 queries but S=8 keys; the queries' own tokens must be among the keys",
+    ),
+    "route q_start": (
+        lambda: route(Q[:, :, :3], centroids(K, 4, SINGLE), MoBA(4, 2), SINGLE, 500),
+        "route: q_start must be in 0 .. S - T = 5, got 500",
+    ),
     "route heads": (
         lambda: route(Q[:, :3], centroids(K, 4, SINGLE), MoBA(4, 2), SINGLE),
         "route: q must be [B, Hq, T, D] with Hq divisible by the centroids' Hkv, "
@@ -102,13 +133,18 @@ INPUT: dict[str, tuple[Callable[[], object], str]] = {
     "attend no heads": (lambda: attend(Q, K[:, :0], K[:, :0]), "got Hq=4, Hkv=0"),
     "attend length": (
         lambda: attend(Q, K[:, :, :5], K[:, :, :5]),
-        "attend: T=8 queries but S=5 keys; k and v must hold the queries' own tokens too",
+        "attend: T=8 queries but S=5 keys; the queries' own tokens must be among the keys",
     ),
     "attend dtypes": (
         lambda: attend(Q, K.half(), K),
-        "attend: q, k, v must share a floating dtype, got torch.float32, torch.float16, torch.float32",
+        "attend: q, k, v must share a floating dtype of 16, 32 or 64 bits, "
+        "got torch.float32, torch.float16, torch.float32",
     ),
-    "attend integers": (lambda: attend(Q.int(), K.int(), K.int()), "must share a floating dtype, got torch.int32"),
+    "attend integers": (lambda: attend(Q.int(), K.int(), K.int()), "of 16, 32 or 64 bits, got torch.int32"),
+    "attend float8": (
+        lambda: attend(*(x.to(torch.float8_e4m3fn) for x in (Q, K, K))),
+        "of 16, 32 or 64 bits, got torch.float8_e4m3fn",
+    ),
     "attend devices": (
         lambda: attend(Q, K.to("meta"), K),
         "attend: q, k, v must be on one device, got cpu, meta, cpu",
@@ -126,6 +162,10 @@ INPUT: dict[str, tuple[Callable[[], object], str]] = {
         "attend: q_start must be an int or a 0-dim integer tensor, got [2] torch.float32",
     ),
     "attend q_start float": (lambda: attend(Q, K, K, q_start=torch.tensor(0.0)), "got [] torch.float32"),
+    "attend q_start number": (
+        lambda: attend(Q, K, K, q_start=0.0),  # type: ignore[arg-type]
+        "attend: q_start must be an int or a 0-dim integer tensor, got 0.0",
+    ),
     "attend q_start range": (
         lambda: attend(Q[:, :, :3], K, K, q_start=6),
         "attend: q_start must be in 0 .. S - T = 5, got 6",
@@ -142,11 +182,36 @@ INPUT: dict[str, tuple[Callable[[], object], str]] = {
     "attend routes block_size": (
         lambda: attend(Q, K, K, pattern=MoBA(2, 2), routes=routes()),
         "attend: routes have block_size=4 and index [2, 4, 8, 1], "
-        "want block_size=2 and [B, Hq, T, top_k - 1] with [B, Hq, T] = [2, 4, 8]",
+        "want block_size=2 and [B, Hq, T, top_k - 1] = [2, 4, 8, 1]",
     ),
     "attend routes length": (
         lambda: attend(Q, K, K, pattern=MoBA(4, 2), routes=routes(length=7)),
         "attend: routes have block_size=4 and index [2, 4, 7, 1]",
+    ),
+    "attend routes width": (
+        lambda: attend(Q, K, K, pattern=MoBA(4, 3), routes=routes()),
+        "and index [2, 4, 8, 1], want block_size=4 and [B, Hq, T, top_k - 1] = [2, 4, 8, 2]",
+    ),
+    "attend routes rows": (
+        lambda: attend(Q, K, K, pattern=MoBA(4, 2), routes=replace(routes(), start=torch.zeros(1, 2).int())),
+        "attend: routes must have start [B, N] int32 and index of integers, "
+        "got start [1, 2] torch.int32 for B=2, and index torch.int16",
+    ),
+    "attend routes start": (
+        lambda: attend(Q, K, K, pattern=MoBA(4, 2), routes=replace(routes(), start=torch.zeros(2, 2).long())),
+        "got start [2, 2] torch.int64",
+    ),
+    "attend routes index": (
+        lambda: attend(Q, K, K, pattern=MoBA(4, 2), routes=replace(routes(), index=torch.zeros(2, 4, 8, 1))),
+        "and index torch.float32",
+    ),
+    "attend routes device": (
+        lambda: attend(Q, K, K, pattern=MoBA(4, 2), routes=replace(routes(), start=routes().start.to("meta"))),
+        "attend: routes are on cpu and meta, q on cpu",
+    ),
+    "attend routes beyond": (
+        lambda: attend(Q, K, K, pattern=MoBA(4, 2), routes=replace(routes(), start=torch.full((2, 2), 5).int())),
+        "attend: routes.start has a block of 4 slots from slot 5 on, S=8",
     ),
     "attend backend": (
         lambda: attend(Q, K, K, backend="fast"),

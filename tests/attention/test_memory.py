@@ -56,6 +56,55 @@ def work():
         assert used < all_scores / 2
 
 
+WITHOUT = "from mobazoo.attention.native import build\nbuild._library = lambda: None\n"
+
+
+@pytest.mark.parametrize("by", ["compiled", "torch"])
+def test_gate_of_many_places(by: str, peak: Peak) -> None:
+    """The numbers of the most recent blocks, as int64 for every query, would be 400 MiB, and as much for a mask."""
+    tokens, top_k = 256 << 10, 201
+    code = f"""
+segments = Segments.single(1, {tokens})
+known = centroids(torch.randn(1, 1, {tokens}, 2), 1024, segments)
+q = torch.randn(1, 1, {tokens}, 2)
+def work():
+    return route(q, known, MoBA(1024, {top_k}), segments)
+"""
+    used = peak((WITHOUT if by == "torch" else "") + code)
+    assert used < tokens * (top_k - 1) * 2 + 8 * 24 * MIB + OVERHEAD
+
+
+def test_gate_of_packed_rows(peak: Peak) -> None:
+    """Positions, documents, ranges and what they are searched for: five int32 a token at once."""
+    rows, tokens = 32, 256 << 10
+    code = f"""
+segments = Segments.from_lengths([[{tokens // 2}, {tokens // 2}]] * {rows})
+known = centroids(torch.randn({rows}, 1, {tokens}, 2), 4096, segments)
+q = torch.randn({rows}, 1, {tokens}, 2)
+def work():
+    return route(q, known, MoBA(4096, 2), segments)
+"""
+    assert peak(code) < rows * tokens * (2 + 5 * 4) + OVERHEAD
+
+
+@pytest.mark.parametrize("block_size", [512, 64 << 10])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_centroids(packed: bool, block_size: int, peak: Peak) -> None:
+    """Keys of 256 MiB in bfloat16, of which at most 128 MiB in float32 are copied at once, and as they are."""
+    tokens, heads, dim = 128 << 10, 8, 128
+    rows = f"Segments.from_lengths([[{tokens}, 0]], {tokens})" if packed else f"Segments.single(1, {tokens})"
+    code = f"""
+segments = {rows}
+segments = Segments(segments.doc, segments.pos, 1, {tokens}, whole={not packed})
+k = torch.ones(1, {heads}, {tokens}, {dim}, dtype=torch.bfloat16)
+small()
+def work():
+    return centroids(k, {block_size}, segments)
+"""
+    result = heads * tokens // block_size * dim * 2
+    assert peak(code) < result + (128 + 64) * MIB + 40 * tokens + OVERHEAD
+
+
 # All scores would be 16 GiB, scores of read keys 1.5 GiB.
 TOKENS, HQ, HKV, DIM, BLOCK, TOP_K = 32 << 10, 4, 2, 64, 256, 3
 ROUTES = HQ * TOKENS * (TOP_K - 1) * 2  # int16
@@ -116,8 +165,7 @@ def test_flash_by_torch(dtype: str, grad: bool, peak: Peak) -> None:
         working += 6 * rows * 4 + 4 * TOKENS * DIM * 4  # dout, q, out, dq and their contiguous pieces; dk, dv
     if dtype == "bfloat16":
         working *= 2  # the kernel's own wide buffers come and go in sizes that the heap keeps
-    without = "from mobazoo.attention.native import build\nbuild._library = lambda: None\n"
-    used = peak(without + flash_code(dtype, grad))
+    used = peak(WITHOUT + flash_code(dtype, grad))
     assert used < flash_result(dtype, grad) + routes + working + calls + OVERHEAD
     assert used < TOKENS * TOKENS  # one byte a pair of one head
 

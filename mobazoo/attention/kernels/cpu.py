@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mobazoo.attention.checks import first_slot
 from mobazoo.attention.kernels import cpu_compiled, cpu_torch
 from mobazoo.attention.kernels.layout import Layout
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
     """Output ``[B, Hq, T, D]`` and log-sum-exp ``[B, Hq, T]``, at least float32; padding gets zeros and -inf."""
+    first_slot("attend", q.shape[2], k.shape[2], layout.q_start)  # which a compiled graph could not look at
     by = cpu_compiled if cpu_compiled.serves(q.dtype) else cpu_torch
     return by.forward(q, k, v, layout, scale)
 

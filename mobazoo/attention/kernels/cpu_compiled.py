@@ -40,6 +40,7 @@ class _Batch(Structure):
     ]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # a graph cannot hold the lock behind it
 def serves(dtype: torch.dtype) -> bool:
     """Whether compiled code is there and takes tensors of a dtype; float16 is widened."""
     return dtype in (*ARITHMETIC, torch.float16) and library() is not None

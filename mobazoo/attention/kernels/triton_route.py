@@ -53,7 +53,7 @@ def choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) 
     Args:
         q: ``[B, Hq, T, D]``.
         mean: ``[B, Hkv, N, D]``.
-        first: ``[B, T]`` int64, never decreases along a row.
+        first: ``[B, T]`` int32, never decreases along a row.
         stop: the same.
         index: ``[B, Hq, T, W]`` int16 or int32, contiguous, with ``N`` and ``W`` above 0.
     """

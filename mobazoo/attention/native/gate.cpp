@@ -12,7 +12,7 @@ namespace {
 // What Python hands over: `_Gate` in gate.py, field for field.
 struct Gate {
   const void *q, *mean;         // [B, Hq, T, D] and [B, Hkv, N, D]
-  const int64_t *first, *stop;  // [B, T]: a query may choose among blocks first .. stop - 1; neither decreases
+  const int32_t *first, *stop;  // [B, T]: a query may choose among blocks first .. stop - 1; neither decreases
   void* index;                  // [B, Hq, T, k]: written
   Strides q_at, mean_at, index_at;
   Strides first_at, stop_at;  // without heads
@@ -227,8 +227,9 @@ class GateWork {
     rows_.resize(piece.tokens() * gate_.group);
     Row* next = rows_.data();
     for (int64_t t = piece.begin; t < piece.end; t++) {
-      const int64_t first = gate_.first[piece.row * gate_.first_at.row + t * gate_.first_at.token];
-      const int64_t stop = gate_.stop[piece.row * gate_.stop_at.row + t * gate_.stop_at.token];
+      const int64_t first =
+          std::max(0, gate_.first[piece.row * gate_.first_at.row + t * gate_.first_at.token]);
+      const int64_t stop = std::min<int64_t>(gate_.blocks, gate_.stop[piece.row * gate_.stop_at.row + t * gate_.stop_at.token]);
       for (int64_t g = 0; g < gate_.group; g++) {
         *next = {static_cast<int32_t>(piece.head * gate_.group + g), static_cast<int32_t>(t),
                  static_cast<int32_t>(first), static_cast<int32_t>(stop)};

@@ -43,7 +43,7 @@ def choose(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) 
     Args:
         q: ``[B, Hq, T, D]``.
         mean: ``[B, Hkv, N, D]``, of the same dtype.
-        first: ``[B, T]`` int64, never decreases along a row.
+        first: ``[B, T]`` int32, never decreases along a row.
         stop: the same.
         index: ``[B, Hq, T, W]`` int16 or int32, places of a query together.
 
@@ -71,6 +71,7 @@ def _run(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) ->
     if index.numel() == 0:
         return
     q, mean = (x if x.stride(3) == 1 else x.contiguous() for x in (q, mean))
+    first, stop = first.int(), stop.int()
     gate = _Gate(
         batch=q.shape[0],
         heads=mean.shape[1],

@@ -38,7 +38,8 @@ class Walk {
     for (int64_t begin = piece.begin, end; begin < piece.end; begin = end) {
       end = begin + 1;
       if (doc[begin] < 0) continue;
-      const int64_t before = batch.block_size ? pos[begin] % batch.block_size : pos[begin];
+      const int64_t told = batch.block_size ? pos[begin] % batch.block_size : pos[begin];
+      const int64_t before = std::min(told, batch.first + begin);  // no memory before the row's, whoever told what
       const int64_t most = batch.block_size ? begin - before + batch.block_size : piece.end;
       while (end < piece.end && end < most && doc[end] == doc[begin]) end++;
       const int64_t last = batch.first + end;  // the slot after it
