@@ -119,8 +119,9 @@ def _named(backend: str, problem: Problem) -> str:
     """The backend to use: ``auto`` chooses, a name is taken or refused."""
     if backend == "auto":
         name, why = choose(problem)
-        if not torch.compiler.is_compiling():
-            _log_once(f"backend auto: {name} for {problem.pattern} on {problem.device} {problem.dtype}: {why}")
+        # In a graph a pattern's numbers may be symbols, which have no text.
+        pattern = "a compiled graph" if torch.compiler.is_compiling() else str(problem.pattern)
+        _log_once(f"backend auto: {name} for {pattern} on {problem.device} {problem.dtype}: {why}")
         return name
     if backend not in BACKENDS:
         raise InputError(f"attend: unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
@@ -131,6 +132,11 @@ def _named(backend: str, problem: Problem) -> str:
     return backend
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # said while a graph is made
 def _log_once(message: str) -> None:
+    _said(message)
+
+
+@cache
+def _said(message: str) -> None:
     log.info(message)

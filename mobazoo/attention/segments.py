@@ -68,10 +68,13 @@ class Segments:
     def from_lengths(
         cls,
         rows: Sequence[Sequence[int]],
-        length: int | None = None,
         device: torch.device | str | None = None,
+        *,
+        length: int | None = None,
     ) -> Segments:
-        """Documents of the given lengths laid end to end from the start of each row; the rest is padding.
+        """Documents of the given lengths laid end to end from the start of each row of ``length`` slots.
+
+        The rest is padding; by default the longest row has none.
 
         Example: ``Segments.from_lengths([[3, 2], [4]])`` is two rows of five slots, the second ends in padding.
 
@@ -139,7 +142,7 @@ class Segments:
             sizes = [b - a for a, b in pairwise(ends)]
             if ends[0] != 0 or min(sizes, default=0) < 0:
                 raise InputError(f"Segments.from_cu_seqlens: must start at 0 and never decrease, got {ends[:8]}")
-            return cls.from_lengths([sizes], length, cu_seqlens.device)
+            return cls.from_lengths([sizes], cu_seqlens.device, length=length)
         slot = torch.arange(length, device=cu_seqlens.device)
         number = torch.searchsorted(cu_seqlens, slot, right=True) - 1
         real = slot < cu_seqlens[-1]

@@ -19,15 +19,15 @@ def rows(name: str) -> tuple[Segments, int, int | Tensor]:
     if name == "whole":
         return Segments.single(2, 300), 300, 0
     if name == "packed":
-        return Segments.from_lengths([[130, 1, 0, 200], [256, 40]], 340), 340, 0
+        return Segments.from_lengths([[130, 1, 0, 200], [256, 40]], length=340), 340, 0
     if name == "left padded":
         mask = torch.ones(2, 300, dtype=torch.int64)
         mask[1, :171] = 0
         return Segments.from_attention_mask(mask), 300, 0
     if name == "last queries":
-        return Segments.from_lengths([[150, 150], [300]], 300), 37, 263
+        return Segments.from_lengths([[150, 150], [300]], length=300), 37, 263
     if name == "shard":
-        return Segments.from_lengths([[150, 150], [299]], 300), 129, torch.tensor(100)
+        return Segments.from_lengths([[150, 150], [299]], length=300), 129, torch.tensor(100)
     raise KeyError(name)
 
 

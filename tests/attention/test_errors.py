@@ -45,7 +45,7 @@ INPUT: dict[str, tuple[Callable[[], object], str]] = {
         "Segments.from_lengths: document lengths must be >= 0, got [[3, -1]]",
     ),
     "lengths too long": (
-        lambda: Segments.from_lengths([[3], [3, 4]], 6),
+        lambda: Segments.from_lengths([[3], [3, 4]], length=6),
         "Segments.from_lengths: row 1 holds 7 tokens, more than length=6",
     ),
     "mask rank": (

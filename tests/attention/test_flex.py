@@ -28,7 +28,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 
 def rows(name: str) -> tuple[Segments, int, int | Tensor]:
     if name == "packed":
-        return Segments.from_lengths([[130, 1, 0, 200], [256, 40]], 340), 340, 0
+        return Segments.from_lengths([[130, 1, 0, 200], [256, 40]], length=340), 340, 0
     if name == "left padded":
         mask = torch.ones(2, 301, dtype=torch.int64)
         mask[1, :171] = 0
@@ -36,9 +36,9 @@ def rows(name: str) -> tuple[Segments, int, int | Tensor]:
     if name == "tiles":
         return Segments.single(2, 384), 384, 0
     if name == "shard":
-        return Segments.from_lengths([[150, 150], [299]], 300), 133, torch.tensor(100)
+        return Segments.from_lengths([[150, 150], [299]], length=300), 133, torch.tensor(100)
     if name == "one query":
-        return Segments.from_lengths([[700], [100]], 700), 1, 699
+        return Segments.from_lengths([[700], [100]], length=700), 1, 699
     raise KeyError(name)
 
 

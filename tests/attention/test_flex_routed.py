@@ -44,8 +44,8 @@ def rows(name: str) -> tuple[Segments, int, int]:
     if name == "whole":
         return Segments.single(2, 300), 300, 0
     if name == "packed":
-        return Segments.from_lengths([[130, 1, 99], [256, 40]], 300), 300, 0
-    return Segments.from_lengths([[150, 150], [299]], 300), 129, 100
+        return Segments.from_lengths([[130, 1, 99], [256, 40]], length=300), 300, 0
+    return Segments.from_lengths([[150, 150], [299]], length=300), 129, 100
 
 
 @pytest.mark.parametrize("case", ["whole", "packed", "shard"])

@@ -92,7 +92,7 @@ def work():
 def test_centroids(packed: bool, block_size: int, peak: Peak) -> None:
     """Keys of 256 MiB in bfloat16, of which at most 128 MiB in float32 are copied at once, and as they are."""
     tokens, heads, dim = 128 << 10, 8, 128
-    rows = f"Segments.from_lengths([[{tokens}, 0]], {tokens})" if packed else f"Segments.single(1, {tokens})"
+    rows = f"Segments.from_lengths([[{tokens}, 0]], length={tokens})" if packed else f"Segments.single(1, {tokens})"
     code = f"""
 segments = {rows}
 segments = Segments(segments.doc, segments.pos, 1, {tokens}, whole={not packed})
@@ -135,7 +135,8 @@ def test_flash(dtype: str, grad: bool, peak: Peak) -> None:
     """Beyond results and routes, what cpu_compiled.py says that each of two threads holds, and what the gate held.
 
     - Forward: 8192 query rows (``MOST``), each with q, sums and two floats.
-    - Backward: 16384 rows (``MOST_BACK``), each with q, dout, dq and two floats; sums of one key head's dk and dv.
+    - Backward: 16384 rows (``MOST_BACK``), each with q, dout, dq and two floats.
+    - In bfloat16 one key head's dk and dv, in which it sums.
     - 512 keys and values as given, as rows and as columns, and in the backward their gradients: 8 arrays of 512 rows,
       as columns 4 times 144. A tile has 64 queries at most, in 6 copies, and 5 arrays of 144 scores for each.
     - Who reads which block, sorted, and own blocks' readers: an int32 for each entry and two for each row.
@@ -146,7 +147,7 @@ def test_flash(dtype: str, grad: bool, peak: Peak) -> None:
     rows, row = (16384, 3 * DIM * 4 + 8) if grad else (8192, 2 * DIM * 4 + 8)
     readers = rows * (TOP_K - 1 + 2) * 4
     laid = 8 * 4 * 144 * DIM * 4 + 64 * (6 * DIM + 5 * 144) * 4
-    thread = rows * row + readers + laid + 2 * TOKENS * DIM * 4 * grad
+    thread = rows * row + readers + laid + 2 * TOKENS * DIM * 4 * (grad and dtype == "bfloat16")
     gate = 12 * 8 * TOKENS + 8 * 3 * MIB + HKV * TOKENS // BLOCK * DIM * 4
     used = peak(flash_code(dtype, grad))
     assert used < flash_result(dtype, grad) + ROUTES + 2 * thread + gate

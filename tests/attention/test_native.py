@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,13 +149,24 @@ def test_compiles_once_for_a_machine(cache: Path, caplog: pytest.LogCaptureFixtu
 @pytest.mark.usefixtures("brief")
 def test_a_broken_file_is_compiled_anew(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mobazoo.attention")
-    cache.mkdir()
-    broken = cache / f"cpu-{build._digest()}.so"
-    broken.write_text("something else")
     assert library() is not None
-    assert compiles(caplog) == 1
-    assert list(cache.iterdir()) == [broken]
-    assert broken.read_bytes()[1:4] == b"ELF" or sys.platform != "linux"
+    (kept,) = cache.iterdir()
+    content = kept.read_bytes()
+    broken = [
+        content[: len(content) // 2],
+        content[: len(content) // 2].ljust(len(content), b"\0"),
+        b"",
+        b"something else",
+    ]
+    for times, each in enumerate(broken, 2):
+        kept.unlink()  # this process has it in its memory
+        kept.write_bytes(each)
+        build._library.cache_clear()
+        assert library() is not None
+        assert compiles(caplog) == times
+        (kept,) = cache.iterdir()
+        assert kept.read_bytes()[:4] == content[:4]
+        assert len(kept.read_bytes()) == len(content)
 
 
 @needs_compiler
@@ -196,7 +209,7 @@ def test_code_is_not_loaded_from_where_others_may_write(cache: Path, caplog: pyt
     caplog.set_level(logging.INFO, "mobazoo.attention")
     cache.mkdir()
     cache.chmod(0o777)
-    planted = cache / f"cpu-{build._digest()}.so"
+    planted = cache / f"cpu-{build._digest()}-{hashlib.sha256(b'not ours').hexdigest()[:16]}.so"
     planted.write_text("not ours")
     assert library() is not None
     assert "others may write there" in caplog.text
@@ -210,6 +223,7 @@ def test_code_is_not_loaded_from_where_others_may_write(cache: Path, caplog: pyt
         ("echo 'cpu.cpp:3: error: such is life' >&2; exit 3", "{} ends with 3 (cpu.cpp:3: error: such is life)"),
         ("exit 1", "{} ends with 1 (it said nothing)"),
         ("exit 0", "no such file"),
+        ("printf 'error: \\377\\376' >&2; exit 3", "{} ends with 3 (error: \ufffd\ufffd)"),
         ("sleep 5", "{} took more than 1 s; set CXX to another compiler"),
     ],
 )
@@ -237,6 +251,61 @@ def test_says_where_nothing_is_compiled(
     assert library() is None
     assert "its code in C++ is for Linux and macOS, this is " in caplog.text
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("command", ['g++ "x', "", "   "])
+def test_says_that_a_command_is_none(
+    command: str, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", command)
+    assert library() is None
+    assert f"the C++ compiler {command!r} is " in caplog.text
+    assert list(cache.iterdir()) == []
+
+
+@needs_compiler
+def test_code_without_its_functions_is_not_taken(cache: Path, brief: Path, caplog: pytest.LogCaptureFixture) -> None:
+    brief.write_text('extern "C" void moba_forward() {}\n')
+    assert library() is None
+    assert "has no moba_" in caplog.text
+    assert list(cache.iterdir()) == []
+
+
+@needs_compiler
+@pytest.mark.usefixtures("brief")
+def test_what_killed_compilations_left_is_removed(cache: Path) -> None:
+    old, new = cache / f"{build._UNFINISHED}old", cache / f"{build._UNFINISHED}new"
+    for each in (old, new):
+        each.mkdir(parents=True)
+        (each / "half").write_text("written")
+    cache.chmod(0o700)
+    hour_ago = time.time() - 3600
+    os.utime(old, (hour_ago, hour_ago))
+    assert library() is not None
+    assert not old.exists()
+    assert new.exists()
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_while_another_thread_compiles() -> None:
+    """In the child nobody holds what is held there."""
+    code = """
+import os, threading, time
+from mobazoo.attention.native import build
+build._load = lambda: time.sleep(3)
+thread = threading.Thread(target=build.library)
+thread.start()
+time.sleep(0.5)
+child = os.fork()
+if not child:
+    build._load = lambda: "loaded"
+    assert build.library() == "loaded"
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+thread.join()
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 @needs_compiler

@@ -56,12 +56,12 @@ def test_single(batch: int, length: int) -> None:
 @pytest.mark.parametrize("rows", [r for r in GEOMETRIES.values() if from_the_start(r)], ids=str)
 def test_from_lengths(rows: Rows) -> None:
     lengths = [[n for n in row if n > 0] for row in rows]
-    same(Segments.from_lengths(lengths, sum(map(abs, rows[0]))), segments_of(rows))
+    same(Segments.from_lengths(lengths, length=sum(map(abs, rows[0]))), segments_of(rows))
 
 
 def test_from_lengths_defaults_to_the_longest_row_and_drops_empty_documents() -> None:
     same(Segments.from_lengths([[3, 0, 2], [4]]), segments_of(((3, 2), (4, -1))))
-    same(Segments.from_lengths([[0], []], 2), segments_of(((-2,), (-2,))))
+    same(Segments.from_lengths([[0], []], length=2), segments_of(((-2,), (-2,))))
 
 
 def test_from_lengths_without_rows() -> None:
@@ -144,7 +144,7 @@ def test_constructors_agree(rows: Rows) -> None:
     lengths = [n for n in rows[0] if n > 0]
     ends = torch.tensor([0, *lengths]).cumsum(0)
     built = [
-        Segments.from_lengths([lengths], 6),
+        Segments.from_lengths([lengths], length=6),
         Segments.from_cu_seqlens(ends, 6),
         Segments.from_position_ids(restarting(rows), mask_of(rows)),
     ]

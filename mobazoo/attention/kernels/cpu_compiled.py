@@ -4,7 +4,8 @@ A thread takes pieces: some thousand query rows of one key head. What they know 
 they have read, stays in its cache. Keys are laid out for products 512 at a time, in order of blocks, and whoever reads
 them is gathered, goes on with its softmax, and is put back. The backward walks the same work with the merged output
 and log-sum-exp. Memory beyond the result, for each thread: a piece's rows (``MOST`` in attention.cpp), 512 keys and
-values laid out; in the backward also float32 gradients of one key head's keys and values.
+values laid out. In the backward gradients of keys and values are summed in float32: in the result itself, in bfloat16
+in a copy of one key head's for each thread, and where key heads are fewer than threads in up to four copies of all.
 """
 
 from __future__ import annotations
@@ -95,15 +96,15 @@ def _run(name: str, layout: Layout, scale: float, parts: int, spent: Tensor | No
         parts=parts,
         threads=1 if spent is not None else torch.get_num_threads(),
         scale=scale,
-        doc_at=layout.doc.stride(0),
-        pos_at=layout.pos.stride(0),
     )
-    tensors |= {"doc": layout.doc, "pos": layout.pos}
+    tables = {"doc": layout.doc, "pos": layout.pos}
     if layout.index is not None and layout.start is not None:
         index = layout.index if layout.index.dtype == torch.int16 else layout.index.int()
-        tensors |= {"index": index.contiguous(), "start": layout.start}
+        tensors["index"], tables["start"] = index.contiguous(), layout.start
         batch.blocks, batch.reads, batch.index_bytes = layout.start.shape[1], index.shape[3], index.element_size()
-        batch.start_at = layout.start.stride(0)
+    for each, x in tables.items():  # numbers of a row together; rows may be one
+        tensors[each] = x if x.stride(1) == 1 else x.contiguous()
+        setattr(batch, f"{each}_at", tensors[each].stride(0))
     if spent is not None:
         tensors["spent"] = spent
     for each, x in tensors.items():

@@ -75,7 +75,7 @@ class ForwardWork {
         const float total = known_.total[row], share = total == 0 ? 0.0f : 1 / total;
         const float* sums = known_.sums + row * width_.numbers;
         narrow_row(sums, share, batch_.dim, out + (at + t) * batch_.dim);
-        batch_.lse[at + t] = known_.top[row] * static_cast<float>(M_LN2) + std::log(total);
+        batch_.lse[at + t] = rounded(known_.top[row] * static_cast<float>(batch_.scale)) + std::log(total);
       }
     }
   }
@@ -116,9 +116,12 @@ class BackwardWork {
         width_(batch.dim, batch.slots),
         clock_(batch.spent),
         tiles_(room_, width_, static_cast<float>(batch.scale), clock_),
-        dk_(room_.take<float>(batch.slots * batch.dim)),
-        dv_(room_.take<float>(batch.slots * batch.dim)) {
+        in_place_(batch.parts > 1 || sizeof(Element) == sizeof(float)) {
     const int64_t rows = tokens * batch.group;
+    if (!in_place_) {
+      dk_ = room_.take<float>(batch.slots * batch.dim);
+      dv_ = room_.take<float>(batch.slots * batch.dim);
+    }
     given_ = {room_.take<typename A::Word>(rows * width_.words), room_.take<typename A::Word>(rows * width_.words),
               room_.take<float>(rows), room_.take<float>(rows), room_.take<float>(rows * width_.numbers)};
   }
@@ -126,6 +129,11 @@ class BackwardWork {
   // The pieces `part`, `part + parts`, ... of a key head, whose sums are one of `parts`.
   void operator()(const Pieces& pieces, int64_t row, int64_t head, int64_t part) {
     const int64_t sums = batch_.slots * batch_.dim;
+    const int64_t place = ((part * batch_.batch + row) * batch_.heads + head) * sums;
+    if (in_place_) {
+      dk_ = static_cast<float*>(batch_.dk) + place;
+      dv_ = static_cast<float*>(batch_.dv) + place;
+    }
     std::memset(dk_, 0, sums * sizeof(float));
     std::memset(dv_, 0, sums * sizeof(float));
     for (int64_t number = part; number < pieces.of_head(); number += batch_.parts) {
@@ -134,11 +142,7 @@ class BackwardWork {
       walk_(batch_, piece_, *this, clock_);
       end();
     }
-    const int64_t place = ((part * batch_.batch + row) * batch_.heads + head) * sums;
-    if (batch_.parts > 1) {
-      std::memcpy(static_cast<float*>(batch_.dk) + place, dk_, sums * sizeof(float));
-      std::memcpy(static_cast<float*>(batch_.dv) + place, dv_, sums * sizeof(float));
-    } else {
+    if (!in_place_) {
       narrow_row(dk_, 1.0f, sums, static_cast<Element*>(batch_.dk) + place);
       narrow_row(dv_, 1.0f, sums, static_cast<Element*>(batch_.dv) + place);
     }
@@ -170,7 +174,7 @@ class BackwardWork {
         const int64_t row = t * batch_.group + g;
         put_row(q + t * batch_.q_at.token, dim, given_.queries + row * width_.words);
         put_row(dout + t * batch_.dout_at.token, dim, given_.douts + row * width_.words);
-        given_.lse[row] = batch_.lse[at + t] * static_cast<float>(M_LOG2E);
+        given_.lse[row] = batch_.lse[at + t];
         float delta = 0;
         for (int64_t d = 0; d < dim; d++) delta += wide(dout[t * batch_.dout_at.token + d]) * wide(out[t * dim + d]);
         given_.delta[row] = delta;
@@ -196,7 +200,8 @@ class BackwardWork {
   Width<A> width_;
   Clock clock_;
   Backward<A> tiles_;
-  float *dk_, *dv_;
+  const bool in_place_;                  // gradients of keys are summed where they go
+  float *dk_ = nullptr, *dv_ = nullptr;  // [slots, dim], of the key head in hand
   Given<A> given_;
   Walk walk_;
   Piece piece_{};
@@ -205,7 +210,8 @@ class BackwardWork {
 
 template <class A, class Element>
 void backward(const Batch& batch) {
-  const int64_t tokens = std::max<int64_t>(1, std::min(batch.tokens, MOST_BACK / batch.group / batch.parts));
+  const int64_t tokens = batch.parts > 1 ? cut_tokens(batch, LEAST, MOST_BACK / batch.parts)
+                                         : std::max<int64_t>(1, std::min(batch.tokens, MOST_BACK / batch.group));
   const Pieces pieces(batch, tokens);
   const int64_t heads = batch.batch * batch.heads, count = heads * batch.parts;
   Queue queue(count);

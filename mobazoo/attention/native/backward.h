@@ -11,7 +11,7 @@ namespace moba {
 template <class A>
 struct Given {
   typename A::Word *queries, *douts;  // [rows, words]
-  float *lse, *delta;                 // [rows]: log-sum-exp in powers of two, and dout . out
+  float *lse, *delta;                 // [rows]: log-sum-exp, and dout . out
   float* dq;                          // [rows, numbers], added to
 };
 
@@ -156,7 +156,9 @@ class Backward {
       weight = slope = Floats{};
       return;
     }
-    weight = exp2_of<A::EXACT>(load(scores_ + i * STEP + j) * (scale_ * static_cast<float>(M_LOG2E)) - row.lse);
+    // Rounded as the log-sum-exp was, so that one of a single large score is that score.
+    const Floats score = rounded(load(scores_ + i * STEP + j) * scale_);
+    weight = exp2_of<A::EXACT>((score - row.lse) * static_cast<float>(M_LOG2E));
     slope = weight * (load(slopes_ + i * STEP + j) - row.delta);
     if (j + LANES > row.seen) {
       weight = visible(weight, row.seen - j, 0.0f);

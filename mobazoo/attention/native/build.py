@@ -7,7 +7,9 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import subprocess
+import time
 from contextlib import suppress
 from ctypes import CDLL, c_int64, c_void_p
 from errno import EACCES
@@ -38,6 +40,16 @@ _SIGNATURES = {
     "moba_backward": ((_P, _I), _I),
 }
 _LOCK = Lock()
+_UNFINISHED = "making-"  # begins the names of folders that are compiled in
+
+
+def _renew_lock() -> None:
+    global _LOCK
+    _LOCK = Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a fork while another thread compiles leaves nobody who would open it
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def compiler() -> str:
@@ -58,39 +70,78 @@ def library() -> CDLL | None:
 @cache
 def _library() -> CDLL | None:
     try:
-        loaded = _load()
+        if not _POSIX:
+            raise UnsupportedError(f"its code in C++ is for Linux and macOS, this is {platform.system()}")
+        return _load()
     except (OSError, UnsupportedError) as error:
         log.warning("attention on a CPU is slower than it could be: %s", error)
         return None
-    for name, (takes, gives) in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = takes, gives
-    return loaded
 
 
 def _load() -> CDLL:
     """From the user's cache, or compiled into it."""
-    if not _POSIX:
-        raise UnsupportedError(f"its code in C++ is for Linux and macOS, this is {platform.system()}")
-    name = f"cpu-{_digest()}.so"
-    kept: Path | None = None
+    name = f"cpu-{_digest()}"
+    cache_: Path | None = None
     try:
-        folder = _cache()
-        with suppress(OSError):  # none there, or a broken one
-            return CDLL(str(folder / name))
-        room, kept = TemporaryDirectory(dir=folder), folder / name
+        cache_ = _cache()
+        kept = _kept(cache_, name)
+        if kept is not None:
+            return kept
+        _clear(cache_)
+        room = TemporaryDirectory(dir=cache_, prefix=_UNFINISHED)
     except (OSError, RuntimeError) as error:
         log.info("compiled code is not kept, so that every process compiles anew: %s", error)
         room = TemporaryDirectory(prefix="mobazoo-")
+        cache_ = None
     with room as beside:
         made = Path(beside, name)
         _compile(made)
-        loaded = CDLL(str(made))
-        if kept is not None:
-            with made.open("rb") as file:
-                os.fsync(file.fileno())
-            made.replace(kept)
+        loaded = _opened(made)
+        if cache_ is not None:
+            _keep(made, cache_)
     return loaded
+
+
+def _kept(folder: Path, name: str) -> CDLL | None:
+    """What was compiled before. A torn file would kill the process, so that its name says what it holds."""
+    for place in folder.glob(f"{name}-*.so"):
+        with suppress(OSError, UnsupportedError):
+            if place.name == _name_of(place, name):
+                return _opened(place)
+            place.unlink()
+    return None
+
+
+def _keep(made: Path, folder: Path) -> None:
+    try:
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        made.replace(folder / _name_of(made, made.name))
+    except OSError as error:
+        log.info("compiled code is not kept, so that every process compiles anew: %s", error)
+
+
+def _name_of(place: Path, name: str) -> str:
+    return f"{name}-{hashlib.sha256(place.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _opened(place: Path) -> CDLL:
+    loaded = CDLL(str(place))
+    for name, (takes, gives) in _SIGNATURES.items():
+        try:
+            function = getattr(loaded, name)
+        except AttributeError:
+            raise UnsupportedError(f"what {compiler()} made of the C++ has no {name}; set CXX to another") from None
+        function.argtypes, function.restype = takes, gives
+    return loaded
+
+
+def _clear(folder: Path) -> None:
+    """Removes what compilations left behind that were killed; no living one takes as long."""
+    for left in folder.glob(f"{_UNFINISHED}*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 4 * _LONGEST:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _cache() -> Path:
@@ -122,12 +173,15 @@ def _processor() -> str:
 
 def _compile(place: Path) -> None:
     """Raises ``UnsupportedError`` where nothing comes of it."""
-    command, failed = shlex.split(compiler()), ""
+    try:
+        command, failed = shlex.split(compiler()), ""
+    except ValueError as error:
+        raise UnsupportedError(f"the C++ compiler {compiler()!r} is no command ({error}); set CXX to one") from None
     log.info("compiling code for attention on this CPU by %s", compiler())
     for option in ([_THIS_PROCESSOR], []):
         call = [*command, *_OPTIONS, *option, "-o", str(place), *map(str, SOURCES)]
         try:
-            subprocess.run(call, check=True, capture_output=True, text=True, timeout=_LONGEST)
+            subprocess.run(call, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=_LONGEST)
         except (FileNotFoundError, PermissionError, IndexError):
             raise UnsupportedError(f"the C++ compiler {compiler()!r} is not there; install it or set CXX") from None
         except subprocess.TimeoutExpired:

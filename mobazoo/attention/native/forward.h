@@ -12,7 +12,7 @@ template <class A>
 struct Running {
   typename A::Word* queries;  // [rows, words]
   float* sums;                // [rows, numbers]
-  float *top, *total;         // [rows]: the largest score in powers of two, and the sum of weights beside it
+  float *top, *total;         // [rows]: the largest score, or one not far below, and the sum of weights beside it
 };
 
 template <class A>
@@ -104,10 +104,12 @@ class Forward {
       const Floats before = load(top + from);
       Floats sums = any(before == -INFINITE) ? splat(INFINITE) : weigh(group, before);
       if (any(!(sums < MUCH))) {
-        const Floats found = largest(group) * scale_, now = found > before + FAR ? found : before;
-        const Floats shrink = exp2_of<true>(before - now);
+        const Floats found = largest(group);
+        const Ints none = before == -INFINITE;
+        const Floats now = (none | ((found - before) * scale_ > FAR)) ? found : before;
+        const Floats shrink = exp2_of<true>((before - now) * scale_);
         for (int64_t i = 0; i < group.rows; i++) {
-          if (now[i] == before[i]) continue;
+          if (now[i] == before[i] || none[i]) continue;  // or there is nothing yet
           scale(known.sums + some.rows[from + i] * width_.numbers, shrink[i]);
           if (at > 0) scale(sums_ + (from + i) * width_.numbers, shrink[i]);
           total[from + i] *= shrink[i];
@@ -153,7 +155,7 @@ class Forward {
     Word* weights = weights_ + (group.first + i) * STEP;
     const int64_t seen = group.sees(i);
     const auto weight = [&](int64_t j) __attribute__((always_inline)) {
-      return exp2_of<A::EXACT>(load(scores + j) * scale_ - base);
+      return exp2_of<A::EXACT>((load(scores + j) - base) * scale_);  // the top's is 1, however large it is
     };
     Floats sum = {}, more = {};
     int64_t j = 0;

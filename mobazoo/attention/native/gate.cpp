@@ -227,9 +227,9 @@ class GateWork {
     rows_.resize(piece.tokens() * gate_.group);
     Row* next = rows_.data();
     for (int64_t t = piece.begin; t < piece.end; t++) {
-      const int64_t first =
-          std::max(0, gate_.first[piece.row * gate_.first_at.row + t * gate_.first_at.token]);
-      const int64_t stop = std::min<int64_t>(gate_.blocks, gate_.stop[piece.row * gate_.stop_at.row + t * gate_.stop_at.token]);
+      const int64_t first = std::max(0, gate_.first[piece.row * gate_.first_at.row + t * gate_.first_at.token]);
+      const int64_t stop =
+          std::min<int64_t>(gate_.blocks, gate_.stop[piece.row * gate_.stop_at.row + t * gate_.stop_at.token]);
       for (int64_t g = 0; g < gate_.group; g++) {
         *next = {static_cast<int32_t>(piece.head * gate_.group + g), static_cast<int32_t>(t),
                  static_cast<int32_t>(first), static_cast<int32_t>(stop)};

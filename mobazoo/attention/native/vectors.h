@@ -52,6 +52,19 @@ MOBA_INLINE void store(void* to, Vector x) {
 
 MOBA_INLINE Floats splat(float x) { return x - Floats{}; }
 
+// A product as it is after rounding: what is added to one is otherwise added before.
+template <class Number>
+MOBA_INLINE Number rounded(Number product) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(product));
+#elif defined(__SSE2__)
+  asm("" : "+x"(product));
+#elif defined(__ARM_NEON)
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 // `count` numbers of 32 bits, a multiple of LANES.
 MOBA_INLINE void copy(const void* from, int64_t count, void* to) {
   const float* source = static_cast<const float*>(from);
