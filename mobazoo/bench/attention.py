@@ -257,6 +257,11 @@ def suite_cpu() -> Iterator[tuple[Case, Bound | None]]:
             yield Case(length=length, block_size=block_size, top_k=top_k), bound
         for length in (4096, 8192, 16384, 65536):
             yield Case(length=length, block_size=block_size, top_k=top_k), Bound(">", 1) if length > 4096 else None
+    # So short that Python's part of a call takes as long as attention: no bound, but everybody's to see.
+    for length in (64, 128, 256):
+        yield Case(length=length), None
+    for block_size, length in ((16, 96), (64, 384)):
+        yield Case(length=length, block_size=block_size), None
 
 
 def verdict(result: Result, bound: Bound | None, results: list[Timed]) -> Verdict:
