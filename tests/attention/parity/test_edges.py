@@ -44,7 +44,7 @@ def test_edges_with_routes_given(case: Case, dtype: torch.dtype, backend: str, d
     check(result, expected, reference, backend)
 
 
-@on_backends({"sparse": Case(((40,),), 7, 3), "full": Case(((40,),), 0)}, core=("sparse",))
+@on_backends({"sparse": Case(((40,), (40,)), 7, 3), "full": Case(((40,),), 0)}, core=("sparse",))
 @pytest.mark.parametrize("spread", [1e-3, 30.0])
 def test_flat_and_sharp_softmax(case: Case, dtype: torch.dtype, backend: str, device: str, spread: float) -> None:
     """Scores that all agree, and scores so far apart that all but one weight underflow."""
