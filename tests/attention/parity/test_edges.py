@@ -69,12 +69,12 @@ def test_nothing_to_do(backend: str, shape: tuple[int, int, int], pattern: Full 
     assert q.grad.shape == q.shape
 
 
-@pytest.mark.parametrize("backend", able(Case(((40,),), 7, 3)))
+@pytest.mark.parametrize("backend", able(Case(((40,), (40,)), 7, 3)))
 def test_all_slots_of_routes_empty_is_block_local(backend: str) -> None:
-    case = Case(((40,),), 7, 3)
+    case = Case(((40,), (40,)), 7, 3)
     data, segments = inputs(case), segments_of(case.rows)
     table = gate_routes(case, data.q, data.k).start
-    nothing = Routes(torch.full((1, 4, 40, 2), -1, dtype=torch.int16), table, 7)
+    nothing = Routes(torch.full((2, 4, 40, 2), -1, dtype=torch.int16), table, 7)
     got = attend(*data.qkv, pattern=MoBA(7, 3), routes=nothing, backend=backend, segments=segments)
     want = attend(*data.qkv, pattern=MoBA(7, 1), backend="reference", segments=segments)
     assert torch.allclose(got, want, atol=1e-5)
