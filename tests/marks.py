@@ -35,6 +35,11 @@ def able(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", *,
     return [name for name, module in BACKENDS.items() if module.unsupported(problem) is None]
 
 
+def trains(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> bool:
+    """Whether the backend has a backward here: forward-only backends keep their forward promises."""
+    return backend in able(case, dtype, device, grad=True)
+
+
 def on_backends(
     cases: Mapping[str, Case],
     dtypes: Iterable[torch.dtype] = SINGLE,

@@ -87,8 +87,9 @@ def test_full_and_block_local(pattern: Pattern) -> None:
 
 
 @needs_cpu_kernel
-def test_bfloat16() -> None:
-    check("packed", MoBA(64, 3), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    check("packed", MoBA(64, 3), dtype)
 
 
 def test_options_are_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +136,18 @@ def test_lengths_share_compilations() -> None:
 
     before = compilations(range(900, 901))
     assert compilations(range(260, 700, 55)) == before
+
+
+@needs_cpu_kernel
+def test_more_variants_than_the_compiler_allows() -> None:
+    """Every layout of the inputs is one."""
+    segments, length, _ = rows("packed")
+    q, k, v = inputs(segments, length)
+    other = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    want = attend(q, k, v, pattern=MoBA(64, 3), backend="reference", segments=segments)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for given in ((q, k, v), other):
+            assert error(attend(*given, pattern=MoBA(64, 3), backend="flex", segments=segments), want.double()) < 1e-5
 
 
 @needs_cpu_kernel

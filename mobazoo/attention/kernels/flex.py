@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
@@ -26,6 +27,9 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Options of FlexAttention's kernels on CUDA, by compute capability, head dim and bytes of a number, where they were
 # measured to be better than its own; `tools/gpu_report.sh --section flex` prints rows. No GPU has been measured yet.
 TUNED: dict[tuple[str, int, int], dict[str, int]] = {}
+
+# Variants of one configuration; a new one takes seconds.
+_VARIANTS = 256
 
 # Fewer queries are computed by another kernel, with tiles of its own.
 _MANY = 128
@@ -157,6 +161,9 @@ class _Compilation:
     CUDA lengths become variables at the second one, because kernels for a fixed multiple of 128, as training has, do
     without bounds checks.
 
+    Layouts, the width of ``Routes`` and sizes that happen to be equal are variants of one configuration. They may be
+    more than the compiler's eight, so it is asked again with room for them.
+
     The CPU template of torch 2.13 puts sizes in by searching its text for their names, and takes a ``ks13`` for
     ``ks1`` and a ``3``. Where that happens to a configuration, each of its lengths is compiled by itself.
     """
@@ -173,6 +180,9 @@ class _Compilation:
         if self._any_length is not None:
             try:
                 return self._any_length(q, k, v, mask, scale, want_lse)
+            except FailOnRecompileLimitHit:
+                with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
+                    return self._any_length(q, k, v, mask, scale, want_lse)
             except InductorError as error:
                 if not self._on_cpu:
                     raise

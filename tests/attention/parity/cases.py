@@ -50,6 +50,6 @@ FEW = {
     case: replace(case, queries=16, first=case.rows[0][1] - 7) for case in (SPARSE | FULL).values() if case.slots > 200
 }
 
-# For backends that compile: one packed, one whole, one partial case.
-CORE_SPARSE = ("b64k3", "whole", "middle")
+# For backends that compile: packed ones with small and large blocks, few and many, every group; a whole, a partial one.
+CORE_SPARSE = ("b1k50", "b7k2", "b64k3", "whole", "middle")
 CORE_FULL = ("4to2d33", "whole", "middle")

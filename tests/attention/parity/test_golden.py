@@ -7,11 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.factories import Case, Inputs, chosen_by, gate_routes, oracle, run
-from tests.marks import able
+from tests.marks import able, trains
 from tests.tolerance import NAMES
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -48,11 +49,11 @@ def test_recorded_numbers_agree_with_our_oracle(name: str) -> None:
         assert (recorded[part].double() - want).abs().max() <= RECORDED, part
 
 
-@pytest.mark.parametrize("backend", able(Case(((64,),), 16, 3), grad=True))
+@pytest.mark.parametrize("backend", able(Case(((64,),), 16, 3)))
 @pytest.mark.parametrize("name", CASES)
 def test_backend_agrees_with_the_recorded_numbers(name: str, backend: str) -> None:
     """Both sides are float32 and each within ``RECORDED`` of the truth, so twice that is what they may differ."""
     case, data, recorded = load(name)
-    result = run(case, data, backend, grad=True)
-    for part, got in zip(NAMES, result.tensors, strict=True):
+    result = run(case, data, backend, grad=trains(case, torch.float32, backend))
+    for part, got in zip(NAMES, result.tensors, strict=False):
         assert (got - recorded[part]).abs().max() <= 2 * RECORDED, part

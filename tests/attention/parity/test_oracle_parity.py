@@ -10,7 +10,7 @@ import torch
 from mobazoo.attention import Routes, attend
 from tests.attention.parity.cases import CORE_FULL, CORE_SPARSE, FEW, FULL, SPARSE
 from tests.factories import Case, Inputs, chosen_by, gate_routes, inputs, oracle, random_routes, run
-from tests.marks import DTYPES, INTERPRETED, able, on_backends
+from tests.marks import DTYPES, INTERPRETED, able, on_backends, trains
 from tests.oracle import Attention
 from tests.tolerance import Result, check
 
@@ -65,12 +65,13 @@ def test_reference_is_near_the_oracle(name: str) -> None:
 SCALED = {"sparse": SPARSE["b7k3"], "full": FULL["4to2d33"], "whole": FULL["whole"], "decode": FULL["decode"]}
 
 
-@on_backends(SCALED, core=("sparse",), grad=True)
+@on_backends(SCALED, core=("sparse",))
 def test_scale(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
     data, routes, _, _ = truth(case, dtype, device)
     chosen = random_routes(case)[1] if case.block_size else []
     expected = oracle(case, data, chosen, scale=0.31)
-    result, reference = (run(case, data, name, routes=routes, grad=True, scale=0.31) for name in (backend, "reference"))
+    grad = trains(case, dtype, backend, device)
+    result, reference = (run(case, data, name, routes=routes, grad=grad, scale=0.31) for name in (backend, "reference"))
     check(result, expected, reference, backend)
 
 
@@ -87,14 +88,14 @@ LAYOUTS = {
     {"sparse": SPARSE["b7k3"], "full": FULL["4to2d33"], "whole": FULL["whole"]},
     (torch.float32, torch.bfloat16),
     core=("sparse",),
-    grad=True,
 )
 def test_not_contiguous(case: Case, dtype: torch.dtype, backend: str, device: str, layout: str) -> None:
     data, routes, expected, reference = truth(case, dtype, device)
     strided = data.map(LAYOUTS[layout])
     assert not strided.q.is_contiguous() or strided.q.storage_offset()
     assert torch.equal(strided.q, data.q)
-    check(run(case, strided, backend, routes=routes, grad=True), expected, reference, backend)
+    grad = trains(case, dtype, backend, device)
+    check(run(case, strided, backend, routes=routes, grad=grad), expected, reference, backend)
 
 
 @on_backends({"sparse": SPARSE["b7k3"], "full": FULL["4to2d33"]}, core=("sparse",), grad=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mobazoo.attention import attend
-from tests.attention.parity.test_semantics import check_same, trains
+from tests.attention.parity.test_semantics import check_same
 from tests.factories import Case, Inputs, chosen_by, gate_routes, inputs, run, segments_of
-from tests.marks import SINGLE, on_backends
+from tests.marks import COMPILING, SINGLE, able, on_backends, trains
 from tests.tolerance import Result
 
 ROWS = Case(((90,), (-13, 50, 27), (31, -2, 57)), 7, 3, 4, 2, 64)
@@ -58,6 +58,14 @@ def test_chunks_equal_one_shot(
     check_same(in_chunks(case, data, backend, bounds, grad=grad, cut=cut), at_once, case, data)
 
 
+@pytest.mark.parametrize("backend", [name for name in able(PLAIN) if name in COMPILING])
+def test_chunks_and_tokens_equal_one_shot(backend: str) -> None:
+    """One mixed run where each kind of call compiles: a chunk, tokens one by one, the rest, in a static cache."""
+    data = inputs(PLAIN)
+    bounds = [0, 40, *range(41, 49), 90]
+    check_same(in_chunks(PLAIN, data, backend, bounds, grad=False, cut=False), run(PLAIN, data, backend), PLAIN, data)
+
+
 @pytest.mark.parametrize("kind", ["int", "int64", "int32"])
 @on_backends(CASES, SINGLE, core=("plain",))
 def test_queries_in_the_middle(case: Case, dtype: torch.dtype, backend: str, device: str, kind: str) -> None:
@@ -83,7 +91,7 @@ def test_routes_of_chunks_are_routes_of_one_shot(name: str) -> None:
         assert got == [[head[start:stop] for head in row] for row in at_once]
 
 
-@on_backends({"plain": PLAIN, "plain_full": PLAIN.full}, SINGLE, core=())
+@on_backends({"plain": PLAIN, "plain_full": PLAIN.full}, SINGLE, core=("plain",))
 def test_default_is_the_last_queries(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
     data = inputs(case, dtype, device)
     got = attend(data.q[:, :, 70:], data.k, data.v, pattern=case.pattern, backend=backend)
@@ -91,7 +99,7 @@ def test_default_is_the_last_queries(case: Case, dtype: torch.dtype, backend: st
     assert torch.equal(got, want)
 
 
-@on_backends({"plain": PLAIN, "plain_full": PLAIN.full}, SINGLE, core=())
+@on_backends({"plain": PLAIN, "plain_full": PLAIN.full}, SINGLE, core=("plain",))
 def test_unwritten_slots_of_a_static_cache_are_hidden(
     case: Case, dtype: torch.dtype, backend: str, device: str
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from tests.attention.parity.test_partial import in_chunks
 from tests.attention.parity.test_semantics import check_same, truth
 from tests.attention.test_gate import check_invariants
 from tests.factories import Case, gate_routes, inputs, oracle, random_routes, run
+from tests.marks import able
 from tests.tolerance import check
 
 # Derandomized, so that a failure on one machine is a failure on all; the seed of the inputs is drawn with the rest.
@@ -56,6 +58,30 @@ def test_flash_equals_the_oracle(case: Case, seed: int) -> None:
     data = inputs(case, seed=seed)
     routes, chosen = random_routes(case, seed)
     result, reference = (run(case, data, name, routes=routes, grad=True) for name in ("flash", "reference"))
+    check(result, oracle(case, data, chosen), reference)
+
+
+@SOME
+@given(a_case(), SEEDS)
+def test_decode_equals_the_oracle(case: Case, seed: int) -> None:
+    data = inputs(case, seed=seed)
+    routes, chosen = random_routes(case, seed)
+    result, reference = (run(case, data, name, routes=routes) for name in ("decode", "reference"))
+    check(result, oracle(case, data, chosen), reference)
+
+
+FIXED = Case(((90,), (90,)), hq=4, hkv=2, dim=64, top_k=3)
+
+
+@pytest.mark.skipif("flex" not in able(FIXED), reason="this machine cannot compile FlexAttention")
+@SOME
+@given(a_row(90), a_row(90), st.integers(1, 100), SEEDS)
+def test_flex_equals_the_oracle(first: tuple[int, ...], second: tuple[int, ...], block_size: int, seed: int) -> None:
+    """Documents, padding, blocks, routes and numbers of one shape, which is compiled once."""
+    case = replace(FIXED, rows=(first, second), block_size=block_size)
+    data = inputs(case, seed=seed)
+    routes, chosen = random_routes(case, seed)
+    result, reference = (run(case, data, name, routes=routes) for name in ("flex", "reference"))
     check(result, oracle(case, data, chosen), reference)
 
 

@@ -20,7 +20,7 @@ from tests.factories import (
     padding,
     run,
 )
-from tests.marks import able, on_backends
+from tests.marks import on_backends, trains
 from tests.oracle import Attention
 from tests.tolerance import NAMES, Result, check, check_pair
 
@@ -36,11 +36,6 @@ def truth(case: Case, data: Inputs, *, grad: bool) -> tuple[Attention, Result]:
     """The oracle over what the gate chose, and the reference backend's result."""
     chosen = chosen_by(gate_routes(case, data.q, data.k)) if case.block_size else []
     return oracle(case, data, chosen), run(case, data, "reference", grad=grad)
-
-
-def trains(case: Case, dtype: torch.dtype, backend: str, device: str) -> bool:
-    """Whether the backend has a backward here: forward-only backends keep their forward promises."""
-    return backend in able(case, dtype, device, grad=True)
 
 
 def check_same(got: Result, want: Result, case: Case, data: Inputs) -> None:
@@ -82,7 +77,7 @@ def test_padding_is_zero_and_gets_no_gradient(case: Case, dtype: torch.dtype, ba
         assert (at_padding == 0).all()
 
 
-@on_backends({"padded": PADDED, "padded_full": PADDED.full}, core=CORE[:0])
+@on_backends({"padded": PADDED, "padded_full": PADDED.full}, core=("padded",))
 def test_padding_is_never_read(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
     data, grad = inputs(case, dtype, device), trains(case, dtype, backend, device)
     empty = padding(case.rows).to(device)[:, None, :, None]
@@ -93,7 +88,7 @@ def test_padding_is_never_read(case: Case, dtype: torch.dtype, backend: str, dev
 
 
 @pytest.mark.parametrize("cut", [1, 35, 62, 100])
-@on_backends(BOTH, core=())
+@on_backends(BOTH, core=("packed",))
 def test_the_future_is_not_read(case: Case, dtype: torch.dtype, backend: str, device: str, cut: int) -> None:
     """Other queries, keys and values after a slot leave every choice and output before it as it was, bit for bit.
 
@@ -203,7 +198,7 @@ def test_grouped_heads_equal_repeated_heads(case: Case, dtype: torch.dtype, back
     check_same(grouped, Result(repeated.out, tuple(summed)), case, data)
 
 
-@on_backends(BOTH, core=())
+@on_backends(BOTH, core=("packed",))
 def test_twice_is_the_same(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
     """On a CPU nothing depends on the order in which threads finish."""
     if device != "cpu":
