@@ -52,7 +52,7 @@ ATTENTION: tuple[tuple[str, ...], ...] = (
     ("mobazoo.attention.segments",),
     ("mobazoo.attention.blocks",),
     ("mobazoo.attention.routing",),
-    ("mobazoo.attention.tiles", "mobazoo.attention.gather", "mobazoo.attention.merge"),
+    ("mobazoo.attention.checks", "mobazoo.attention.tiles", "mobazoo.attention.gather", "mobazoo.attention.merge"),
     ("mobazoo.attention.blockmask",),
     ("mobazoo.attention.kernels",),
     ("mobazoo.attention.backends",),

@@ -11,12 +11,12 @@ from torch import Tensor
 from mobazoo.attention.auto import choose
 from mobazoo.attention.backends import BACKENDS
 from mobazoo.attention.blocks import centroids_by
-from mobazoo.attention.checks import check_routes, check_tensors, first_slot, segments_for
+from mobazoo.attention.checks import check_routes, check_tensors, segments_for
 from mobazoo.attention.gates import gate_of
 from mobazoo.attention.pattern import Full, MoBA, Pattern
 from mobazoo.attention.problem import Problem
 from mobazoo.attention.routing import Routes, route_by
-from mobazoo.attention.segments import Segments
+from mobazoo.attention.segments import Segments, first_slot
 from mobazoo.errors import InputError, UnsupportedError
 
 log = logging.getLogger("mobazoo.attention")

@@ -1,51 +1,17 @@
-"""What ``attend`` and ``route`` refuse before any kernel runs: what, what was given, and what to do, on one line."""
+"""What ``attend`` refuses before any kernel runs: what, what was given, and what to do, on one line."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mobazoo.attention.pattern import Full, MoBA, Pattern
+from mobazoo.attention.routing import Routes
 from mobazoo.attention.segments import Segments
 from mobazoo.errors import InputError
 
-if TYPE_CHECKING:
-    from mobazoo.attention.routing import Routes
-
 _NUMBERS = (torch.int16, torch.int32, torch.int64)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def first_slot(what: str, queries: int, slots: int, q_start: int | Tensor | None) -> int | Tensor:
-    """Slot of the first of so many queries, None being the last they can begin at; ``what`` begins an error.
-
-    A tensor's value is read, and checked, on a CPU outside of compiled graphs.
-
-    Raises:
-        InputError: more queries than slots, no integer, or out of range.
-    """
-    last = slots - queries
-    if last < 0:
-        raise InputError(
-            f"{what}: T={queries} queries but S={slots} keys; the queries' own tokens must be among the keys"
-        )
-    if q_start is None:
-        return last
-    if isinstance(q_start, Tensor):
-        if q_start.dim() or q_start.is_floating_point():
-            raise InputError(
-                f"{what}: q_start must be an int or a 0-dim integer tensor, got {list(q_start.shape)} {q_start.dtype}"
-            )
-        if q_start.device.type != "cpu" or torch.compiler.is_compiling():
-            return q_start  # its value is the device's business
-        q_start = int(q_start)
-    if not isinstance(q_start, int | torch.SymInt):
-        raise InputError(f"{what}: q_start must be an int or a 0-dim integer tensor, got {q_start!r}")
-    if not 0 <= q_start <= last:
-        raise InputError(f"{what}: q_start must be in 0 .. S - T = {last}, got {q_start}")
-    return q_start
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -80,7 +46,7 @@ def segments_for(k: Tensor, segments: Segments | None) -> Segments:
 
 
 def check_routes(q: Tensor, pattern: Pattern, segments: Segments, routes: Routes | None) -> None:
-    """The pattern, and routes if there are any. Values are looked at only where they could be read out of bounds."""
+    """The pattern, and routes if there are any."""
     if not isinstance(pattern, Full | MoBA):
         raise InputError(f"attend: pattern must be Full() or MoBA(block_size, top_k), got {pattern!r}")
     if routes is None:
@@ -106,10 +72,3 @@ def check_routes(q: Tensor, pattern: Pattern, segments: Segments, routes: Routes
         )
     if not index.device == start.device == q.device:
         raise InputError(f"attend: routes are on {index.device} and {start.device}, q on {q.device}")
-    if start.numel() and start.device.type == "cpu" and not torch.compiler.is_compiling():
-        last = int(start.max())
-        if last + routes.block_size > segments.length:
-            raise InputError(
-                f"attend: routes.start has a block of {routes.block_size} slots from slot {last} on, "
-                f"S={segments.length}"
-            )

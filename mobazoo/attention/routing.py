@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mobazoo.attention.blocks import UNUSED, Centroids
-from mobazoo.attention.checks import first_slot
 from mobazoo.attention.gates import TORCH, TRITON, check_by
 from mobazoo.attention.heap import keep_heap
 from mobazoo.attention.lanes import LEAST_QUERIES, Piece, share, spread
 from mobazoo.attention.native import gate, library
 from mobazoo.attention.pattern import MoBA
-from mobazoo.attention.segments import Segments
+from mobazoo.attention.segments import Segments, first_slot
 from mobazoo.attention.selection import RUN, choose
 from mobazoo.errors import InputError
 

@@ -193,6 +193,36 @@ class Segments:
         )
 
 
+def first_slot(what: str, queries: int, slots: int, q_start: int | Tensor | None) -> int | Tensor:
+    """Slot of the first of so many queries, None being the last they can begin at; ``what`` begins an error.
+
+    A tensor's value is read, and checked, on a CPU outside of compiled graphs.
+
+    Raises:
+        InputError: more queries than slots, no integer, or out of range.
+    """
+    last = slots - queries
+    if last < 0:
+        raise InputError(
+            f"{what}: T={queries} queries but S={slots} keys; the queries' own tokens must be among the keys"
+        )
+    if q_start is None:
+        return last
+    if isinstance(q_start, Tensor):
+        if q_start.dim() or q_start.is_floating_point():
+            raise InputError(
+                f"{what}: q_start must be an int or a 0-dim integer tensor, got {list(q_start.shape)} {q_start.dtype}"
+            )
+        if q_start.device.type != "cpu" or torch.compiler.is_compiling():
+            return q_start  # its value is the device's business
+        q_start = int(q_start)
+    if not isinstance(q_start, int | torch.SymInt):
+        raise InputError(f"{what}: q_start must be an int or a 0-dim integer tensor, got {q_start!r}")
+    if not 0 <= q_start <= last:
+        raise InputError(f"{what}: q_start must be in 0 .. S - T = {last}, got {q_start}")
+    return q_start
+
+
 def _first_of_run(real: Tensor) -> Tensor:
     """Where ``real`` [B, S] turns from False to True."""
     first = real.clone()

@@ -112,7 +112,7 @@ def test_nothing_able_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    api._log_once.cache_clear()
+    api._said.cache_clear()
     x = torch.randn(1, 2, 64, 16)
     with caplog.at_level(logging.INFO, "mobazoo.attention"):
         for _ in range(3):
@@ -126,7 +126,7 @@ def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_moba_that_reads_everything_is_chosen_for_as_full(caplog: pytest.LogCaptureFixture) -> None:
-    api._log_once.cache_clear()
+    api._said.cache_clear()
     x = torch.randn(1, 2, 64, 16)
     with caplog.at_level(logging.INFO, "mobazoo.attention"):
         out = attend(x, x, x, pattern=MoBA(16, 4))

@@ -81,24 +81,24 @@ def _library() -> CDLL | None:
 def _load() -> CDLL:
     """From the user's cache, or compiled into it."""
     name = f"cpu-{_digest()}"
-    cache_: Path | None = None
+    folder: Path | None = None
     try:
-        cache_ = _cache()
-        kept = _kept(cache_, name)
+        folder = _cache()
+        kept = _kept(folder, name)
         if kept is not None:
             return kept
-        _clear(cache_)
-        room = TemporaryDirectory(dir=cache_, prefix=_UNFINISHED)
+        _clear(folder)
+        room = TemporaryDirectory(dir=folder, prefix=_UNFINISHED)
     except (OSError, RuntimeError) as error:
         log.info("compiled code is not kept, so that every process compiles anew: %s", error)
         room = TemporaryDirectory(prefix="mobazoo-")
-        cache_ = None
+        folder = None
     with room as beside:
         made = Path(beside, name)
         _compile(made)
         loaded = _opened(made)
-        if cache_ is not None:
-            _keep(made, cache_)
+        if folder is not None:
+            _keep(made, folder)
     return loaded
 
 
