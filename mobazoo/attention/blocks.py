@@ -17,6 +17,7 @@ UNUSED = -1
 
 # Bytes of a float32 copy of keys, plenty for any device: a packed row's blocks are gathered.
 _GATHER_BYTES = 128 << 20
+_CACHED_BYTES = 2 << 20  # and for a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,15 @@ def _mean_whole(k: Tensor, block_size: int) -> Tensor:
     if torch.compiler.is_compiling() or k.device.type != "cpu" or k.dtype == _accumulator(k.dtype):
         return blocks.mean(3, dtype=_accumulator(k.dtype)).to(k.dtype)
     mean = k.new_empty(*blocks.shape[:3], k.shape[3])  # here torch widens all keys before it adds them
-    for b, heads, some in _parts(blocks.shape):
+    for b, heads, some in _parts(blocks.shape, _CACHED_BYTES):
         mean[b, heads, some] = blocks[b, heads, some].mean(2, dtype=_accumulator(k.dtype))
     return mean
 
 
-def _parts(blocks: torch.Size) -> Iterator[tuple[int, slice, slice]]:
-    """Row, heads and blocks of ``[B, H, N, block size, D]``, of which a float32 copy is small; at least one block."""
+def _parts(blocks: torch.Size, most: int) -> Iterator[tuple[int, slice, slice]]:
+    """Row, heads and blocks of ``[B, H, N, block size, D]``, ``most`` bytes in float32 but at least one block."""
     batch, heads, n, block_size, dim = blocks
-    room = max(1, _GATHER_BYTES // (4 * block_size * dim))  # blocks of one head
+    room = max(1, most // (4 * block_size * dim))  # blocks of one head
     some_heads = max(1, min(heads, room))
     step = max(1, room // some_heads)
     for b in range(batch):
@@ -130,7 +131,7 @@ def _mean_packed(k: Tensor, start: Tensor, block_size: int, by: str = TORCH) -> 
     batch, heads, _, dim = k.shape
     mean = k.new_empty(batch, heads, start.shape[1], dim)
     inside = torch.arange(block_size, device=k.device)
-    for b, some_heads, some in _parts(torch.Size((*mean.shape[:3], block_size, dim))):
+    for b, some_heads, some in _parts(torch.Size((*mean.shape[:3], block_size, dim)), _GATHER_BYTES):
         slots = start[b, some, None].clamp(min=0) + inside  # [n, block_size]
         keys = k[b, some_heads].index_select(1, slots.flatten()).unflatten(1, slots.shape)
         mean[b, some_heads, some] = keys.mean(2, dtype=_accumulator(k.dtype)).to(k.dtype)
