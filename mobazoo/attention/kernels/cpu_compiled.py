@@ -18,7 +18,7 @@ from torch import Tensor
 from mobazoo.attention.heap import keep_heap
 from mobazoo.attention.kernels.layout import Layout
 from mobazoo.attention.native import library
-from mobazoo.attention.native.arguments import ARITHMETIC, Strides
+from mobazoo.attention.native.arguments import ARITHMETIC, Strides, point, sizes
 
 # Threads that share a key head in the backward, each with sums of its own for its gradients.
 _MOST_SUMS = 4
@@ -85,12 +85,8 @@ def backward(
 def _run(name: str, layout: Layout, scale: float, parts: int, spent: Tensor | None, **tensors: Tensor) -> None:
     q, k = tensors["q"], tensors["k"]
     batch = _Batch(
-        batch=q.shape[0],
-        heads=k.shape[1],
-        group=q.shape[1] // k.shape[1],
-        tokens=q.shape[2],
+        **sizes(q, k),
         slots=k.shape[2],
-        dim=q.shape[3],
         first=int(layout.q_start),  # on a CPU a tensor may be read
         block_size=layout.block_size,
         parts=parts,
@@ -107,10 +103,7 @@ def _run(name: str, layout: Layout, scale: float, parts: int, spent: Tensor | No
         setattr(batch, f"{each}_at", tensors[each].stride(0))
     if spent is not None:
         tensors["spent"] = spent
-    for each, x in tensors.items():
-        setattr(batch, each, x.data_ptr())
-        if each in ("q", "k", "v", "dout"):
-            setattr(batch, f"{each}_at", Strides.of(x))
+    point(batch, tensors)
     keep_heap()
     if getattr(library(), name)(byref(batch), ARITHMETIC[q.dtype]):
         raise MemoryError("attend: no memory left for what a thread of the CPU schedule holds; use fewer threads")

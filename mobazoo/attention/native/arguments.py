@@ -19,5 +19,20 @@ class Strides(Structure):
 
     @classmethod
     def of(cls, x: Tensor) -> Strides:
-        """Those of ``x [B, H, T, D]``."""
-        return cls(*x.stride()[:3])
+        """Those of ``x [B, H, T, D]``, or of ``[B, T]``."""
+        return cls(*x.stride()[:3]) if x.dim() == 4 else cls(x.stride(0), 0, x.stride(1))
+
+
+def sizes(q: Tensor, k: Tensor) -> dict[str, int]:
+    """What both structs say of queries ``[B, Hq, T, D]`` and of keys or centroids ``[B, Hkv, N, D]``."""
+    batch, heads, tokens, dim = q.shape
+    return {"batch": batch, "heads": k.shape[1], "group": heads // k.shape[1], "tokens": tokens, "dim": dim}
+
+
+def point(struct: Structure, tensors: dict[str, Tensor]) -> None:
+    """Makes fields point to tensors of their names, and ``<name>_at`` say their strides where it is ``Strides``."""
+    kinds = {name: kind for name, kind, *_ in struct._fields_}
+    for name, x in tensors.items():
+        setattr(struct, name, x.data_ptr())
+        if kinds.get(f"{name}_at") is Strides:
+            setattr(struct, f"{name}_at", Strides.of(x))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mobazoo.attention.heap import keep_heap
-from mobazoo.attention.native.arguments import ARITHMETIC, Strides
+from mobazoo.attention.native.arguments import ARITHMETIC, Strides, point, sizes
 from mobazoo.attention.native.build import library
 
 # Bytes of a widened copy.
@@ -73,22 +73,13 @@ def _run(q: Tensor, mean: Tensor, first: Tensor, stop: Tensor, index: Tensor) ->
     q, mean = (x if x.stride(3) == 1 else x.contiguous() for x in (q, mean))
     first, stop = first.int(), stop.int()
     gate = _Gate(
-        batch=q.shape[0],
-        heads=mean.shape[1],
-        group=q.shape[1] // mean.shape[1],
-        tokens=q.shape[2],
+        **sizes(q, mean),
         blocks=mean.shape[2],
-        dim=q.shape[3],
         reads=index.shape[3],
         index_bytes=index.element_size(),
         threads=torch.get_num_threads(),
-        first_at=Strides(first.stride(0), 0, first.stride(1)),
-        stop_at=Strides(stop.stride(0), 0, stop.stride(1)),
     )
-    for each, x in {"q": q, "mean": mean, "first": first, "stop": stop, "index": index}.items():
-        setattr(gate, each, x.data_ptr())
-    for each, x in {"q": q, "mean": mean, "index": index}.items():
-        setattr(gate, f"{each}_at", Strides.of(x))
+    point(gate, {"q": q, "mean": mean, "first": first, "stop": stop, "index": index})
     keep_heap()
     compiled = library()
     assert compiled is not None
