@@ -209,6 +209,10 @@ INPUT: dict[str, tuple[Callable[[], object], str]] = {
         lambda: attend(Q, K, K, pattern=MoBA(4, 2), routes=replace(routes(), start=routes().start.to("meta"))),
         "attend: routes are on cpu and meta, q on cpu",
     ),
+    "attend routes of long blocks": (
+        lambda: attend(Q, K, K, pattern=MoBA(9, 2), routes=routes(block_size=9)),
+        "attend: routes.start has a block of 9 slots from slot 0 on, S=8",
+    ),
     "attend routes beyond": (
         lambda: attend(Q, K, K, pattern=MoBA(4, 2), routes=replace(routes(), start=torch.full((2, 2), 5).int())),
         "attend: routes.start has a block of 4 slots from slot 5 on, S=8",

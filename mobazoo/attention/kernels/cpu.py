@@ -28,8 +28,10 @@ def backward(
 def _check(queries: int, slots: int, layout: Layout) -> None:
     """Numbers that would be read out of bounds, and that ``attend`` does not look at in a graph."""
     first_slot("attend", queries, slots, layout.q_start)
-    last = int(layout.start.max()) if layout.start is not None and layout.start.numel() else 0
-    if last + layout.block_size > max(slots, layout.block_size):
+    if layout.start is None or layout.start.numel() == 0:
+        return
+    last = int(layout.start.max())
+    if last >= 0 and last + layout.block_size > slots:
         raise InputError(
             f"attend: routes.start has a block of {layout.block_size} slots from slot {last} on, S={slots}"
         )
